@@ -1,0 +1,89 @@
+"""Align diffusion models by backpropagating a reward through their sampling chain (AlignProp, arXiv 2310.03739)."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignprop import emoji
+    from alignprop.adapters import Adapter, Lora
+    from alignprop.checkpointing import Checkpoints, load_checkpoint, save_checkpoint
+    from alignprop.estimators import AlignProp, Estimate, Estimator
+    from alignprop.evaluation import Evaluation, evaluate
+    from alignprop.probe import probe
+    from alignprop.report import write_report
+    from alignprop.rewards import REWARDS, Reward, WeightedSum, load_reward
+    from alignprop.rollout import Rollout, Sampler, rollout
+    from alignprop.runfolder import RunFolder
+    from alignprop.spec import PipelineSpec, spec_of
+    from alignprop.tracking import MetricsFile
+    from alignprop.trainer import Callback, Optimizer, Trainer
+    from alignprop.truncation import All, Gaussian, Last, Truncation, Uniform
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "adapters": ("Adapter", "Lora"),
+    "checkpointing": ("Checkpoints", "load_checkpoint", "save_checkpoint"),
+    "estimators": ("AlignProp", "Estimate", "Estimator"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "probe": ("probe",),
+    "report": ("write_report",),
+    "rewards": ("REWARDS", "Reward", "WeightedSum", "load_reward"),
+    "rollout": ("Rollout", "Sampler", "rollout"),
+    "runfolder": ("RunFolder",),
+    "spec": ("PipelineSpec", "spec_of"),
+    "tracking": ("MetricsFile",),
+    "trainer": ("Callback", "Optimizer", "Trainer"),
+    "truncation": ("All", "Gaussian", "Last", "Truncation", "Uniform"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022  # in the order of a first reading
+    "rollout",
+    "Rollout",
+    "Sampler",
+    "All",
+    "Last",
+    "Uniform",
+    "Gaussian",
+    "Truncation",
+    "AlignProp",
+    "Estimator",
+    "Estimate",
+    "Adapter",
+    "Lora",
+    "REWARDS",
+    "Reward",
+    "WeightedSum",
+    "load_reward",
+    "probe",
+    "Trainer",
+    "Optimizer",
+    "Callback",
+    "Evaluation",
+    "evaluate",
+    "Checkpoints",
+    "load_checkpoint",
+    "save_checkpoint",
+    "MetricsFile",
+    "RunFolder",
+    "write_report",
+    "PipelineSpec",
+    "spec_of",
+    "emoji",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for only then: the command line's help must not wait for torch."""
+    if name == "emoji":
+        return importlib.import_module("alignprop.emoji")
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(f"alignprop.{_HOME_OF[name]}"), name)
+        globals()[name] = value  # a submodule of the same name (rollout, probe) would hide it
+        return value
+    raise AttributeError(f"module 'alignprop' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,445 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+from rich.markup import escape
+from rich.syntax import Syntax
+from rich.table import Table
+
+from alignprop.terminal import (
+    FAILED,
+    INTERRUPTED,
+    comparison,
+    conclude,
+    console,
+    describe,
+    errors_told,
+    is_terminal,
+    loading,
+    status,
+    tell,
+    tell_findings,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from alignprop.config import Config
+    from alignprop.progress import ProgressBar
+    from alignprop.rewards import Reward
+    from alignprop.rollout import Sampler
+    from alignprop.trainer import Trainer
+
+DEFAULT_RECIPE = "emoji"
+BATCH_SIZE = 16
+"""Pictures drawn at a time."""
+NUM_TRAIN_PROMPTS = 8
+"""Training prompts that are measured where a run has no evaluation."""
+
+app = typer.Typer(
+    name="alignprop",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Align diffusion models by backpropagating a reward through their own sampler.",
+    epilog="Start with [bold]alignprop train[/]: it needs no download and takes some minutes.",
+)
+
+Settings: TypeAlias = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; the value is YAML.")
+]
+RecipeName: TypeAlias = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name or a YAML file.")
+]
+ModelName: TypeAlias = Annotated[
+    str | None, typer.Option("--model", help="emoji, a folder, a .safetensors file or a model on the hub.")
+]
+AdapterFolder: TypeAlias = Annotated[
+    Path | None, typer.Option("--adapter", help="An adapter's folder, or a run, whose settings are used then.")
+]
+Steps: TypeAlias = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
+Guidance: TypeAlias = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    """Options of every command."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"alignprop {installed('alignprop')}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: RecipeName = None,
+    settings: Settings = [],  # noqa: B006  # typer copies it
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.")] = None,
+    probe: Annotated[bool, typer.Option(help="Check pipeline and reward before the first step.")] = True,
+) -> None:
+    """Train an adapter on a reward.
+
+    [bold]alignprop train[/]  the embedded model, the default recipe
+
+    [bold]alignprop train emoji --set training.steps=80 --set adapter.rank=8[/]
+
+    [bold]alignprop train mine.yaml --output runs/mine[/]
+
+    [bold]alignprop train --resume runs/mine[/]
+
+    [bold]accelerate launch -m alignprop.cli train mine.yaml[/]
+    """
+    with errors_told():
+        from alignprop.config import Run, build, load_config, save
+
+        if resume is not None and (recipe is not None or output is not None):
+            raise typer.BadParameter("--resume takes everything from the run: leave RECIPE and --output out.")
+        config = load_config(_config_of(resume) if resume else recipe or DEFAULT_RECIPE, settings)
+        with loading():
+            from alignprop import distributed
+            from alignprop.progress import ProgressBar
+            from alignprop.runfolder import RunFolder
+
+            files = RunFolder(resume or _run_folder(config, recipe, output))
+            bar = ProgressBar(console(), files)
+            trainer = build(config, files.path, callbacks=[bar])
+        if resume is not None:
+            _load_latest(trainer, files.path)
+        describe(config, trainer, files.path)
+        if probe:
+            _probe(trainer)
+        if distributed.process().is_main_process:
+            place = Run(name=files.path.name, folder=str(files.path.parent))
+            save(config.model_copy(update={"run": place}), files.config)
+        _run(trainer, bar, files.path)
+        if distributed.process().is_main_process:
+            _write_report(files.path)
+            conclude(config, files.path)
+
+
+@app.command()
+def check(recipe: RecipeName = None, settings: Settings = []) -> None:  # noqa: B006
+    """Prove that a recipe can be trained: that gradient flows, and that pipeline and reward are usable.
+
+    [bold]alignprop check emoji[/]
+
+    [bold]alignprop check mine.yaml --set model.name=/path/to/model[/]
+    """
+    with errors_told():
+        from alignprop.config import build, load_config
+
+        config = load_config(recipe or DEFAULT_RECIPE, settings)
+        with loading():
+            trainer = build(config, Path(config.run.folder))
+        _probe(trainer)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
+    model: ModelName = None,
+    adapter: AdapterFolder = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Without and with the adapter, side by side.")] = False,
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the next has the next.")] = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A PNG; several pictures become a grid.")] = Path(
+        "sample.png"
+    ),
+) -> None:
+    """Draw pictures.
+
+    [bold]alignprop sample -p "a fox" -n 4[/]
+
+    [bold]alignprop sample -p "a panda" --adapter runs/mine --compare[/]
+    """
+    with errors_told():
+        if compare and adapter is None:
+            raise typer.BadParameter("--compare needs --adapter, to compare the model with.")
+        with loading():
+            sampler, folder = _sampler(model, adapter, steps, guidance)
+        with status("Drawing"):
+            base = [(text, _pictures(sampler, text, num, seed)) for text in prompt] if compare or not folder else []
+            adapted = []
+            if folder is not None:
+                sampler.pipeline.load_lora_weights(folder)
+                mark = " (adapter)" if compare else ""
+                adapted = [(text + mark, _pictures(sampler, text, num, seed)) for text in prompt]
+            pairs = (
+                [column for pair in zip(base, adapted, strict=True) for column in pair] if compare else base + adapted
+            )
+            _write_pictures(pairs, out)
+        tell(f"Wrote {escape(str(out))}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder.")] = None,
+    model: ModelName = None,
+    adapter: AdapterFolder = None,
+    prompts: Annotated[str | None, typer.Option(help="A list's name, a file, or module:function.")] = None,
+    reward: Annotated[list[str], typer.Option("--reward", help="A reward; may be given several times.")] = [],  # noqa: B006
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure rewards, of the base model and with the adapter, at the same seeds.
+
+    [bold]alignprop evaluate runs/mine[/]
+
+    [bold]alignprop evaluate --adapter runs/mine/adapter --prompts animals --reward emoji-clip --json[/]
+    """
+    with errors_told():
+        from alignprop.evaluation import evaluate as measure
+
+        adapter = adapter or run
+        with loading():
+            sampler, folder = _sampler(model, adapter, steps, guidance)
+            rewards, sets = _measures(_settings_of(adapter), reward, prompts, sampler.pipeline.device)
+        results: dict[str, Any] = {}
+        for label in ("base", "adapter") if folder else ("base",):
+            if label == "adapter":
+                sampler.pipeline.load_lora_weights(folder)
+            for name, chosen in sets.items():
+                with status(f"Measuring: {label}, {name} prompts"):
+                    result = measure(sampler, chosen, rewards, images_per_prompt=images_per_prompt)
+                results.setdefault(name, {})[label] = result.summary({})
+        if as_json:
+            typer.echo(json.dumps(results, indent=2))
+        else:
+            for name, by_label in results.items():
+                console().print(comparison(name, by_label))
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
+    """List the recipes, or print one.
+
+    [bold]alignprop recipes[/]
+
+    [bold]alignprop recipes emoji > mine.yaml[/]
+    """
+    with errors_told():
+        from alignprop.config import recipe_path
+        from alignprop.config import recipes as known
+
+        if name is not None:
+            text = recipe_path(name).read_text(encoding="utf-8")
+            console().print(Syntax(text, "yaml")) if is_terminal() else typer.echo(text, nl=False)
+            return
+        table = Table("recipe", "what it does", box=None)
+        for recipe, row in known().items():
+            table.add_row(f"[bold]{recipe}[/]", row.description)
+        console().print(table)
+
+
+@app.command()
+def rewards() -> None:
+    """List the rewards that have a name.
+
+    Your own is any function (images, prompts) -> scores, named as [bold]module:attribute[/].
+    """
+    from alignprop.rewards import REWARDS
+
+    table = Table("reward", "what it measures", "range", "gradient", box=None)
+    for name, card in REWARDS.items():
+        table.add_row(f"[bold]{name}[/]", card.summary, card.value_range, "yes" if card.differentiable else "no")
+    console().print(table)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """Write a run's report.html again.
+
+    [bold]alignprop report runs/mine[/]
+    """
+    with errors_told():
+        _config_of(run)
+        _write_report(run)
+        tell(escape(str(run / "report.html")))
+
+
+def _config_of(run: Path) -> Path:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: the folder is no run.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run: it has no config.yaml.")
+    return path
+
+
+def _run_folder(config: Config, recipe: str | None, output: Path | None) -> Path:
+    """Where a new run goes, the same on every process.
+
+    Raises:
+        ConfigError: something is there already.
+    """
+    from alignprop import distributed
+    from alignprop.config import ConfigError
+
+    name = config.run.name or time.strftime(f"{Path(recipe or DEFAULT_RECIPE).stem}-%Y%m%d-%H%M%S")
+    path: Path = distributed.gather([output or Path(config.run.folder) / name])[0]
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if any(distributed.gather([taken])):
+        remedy = f"go on with `alignprop train --resume {path}`, or give another folder: --output DIR."
+        raise ConfigError([f"{path} is not empty: {remedy}"])
+    return path
+
+
+def _probe(trainer: Trainer) -> None:
+    from alignprop.probe import probe
+
+    with status("Checking that gradient flows"):
+        findings = probe(trainer.sampler, trainer.adapter, trainer.objective, trainer.prompts[:2])
+    tell_findings(findings)
+    if not all(finding.passed for finding in findings):
+        raise typer.Exit(FAILED)
+
+
+def _load_latest(trainer: Trainer, run: Path) -> None:
+    """Go on from the last checkpoint; a run that was stopped before its first one begins again."""
+    from alignprop.checkpointing import list_checkpoints, load_checkpoint
+    from alignprop.runfolder import RunFolder
+
+    checkpoints = list_checkpoints(RunFolder(run).checkpoints)
+    if checkpoints:
+        load_checkpoint(trainer, checkpoints[-1])
+
+
+def _run(trainer: Trainer, bar: ProgressBar, folder: Path) -> None:
+    """Train; whatever stops it, say how to go on."""
+    from alignprop.trainer import TrainingStopped
+
+    again = f"alignprop train --resume {folder}"
+    try:
+        with bar.shown():
+            trainer.train()
+    except KeyboardInterrupt:
+        tell(f"Stopped after step {trainer.step} of {trainer.steps}. Go on with:\n\n    {escape(again)}")
+        raise typer.Exit(INTERRUPTED) from None
+    except TrainingStopped as error:
+        remedy = f"What there was before is kept; go on from the last checkpoint with other settings: {again} --set ..."
+        raise ValueError(f"{error}\n{remedy}") from error
+
+
+def _write_report(folder: Path) -> None:
+    from alignprop.report import write_report
+
+    try:
+        write_report(folder)
+    except ImportError as error:  # the pages are an extra
+        tell(f"[yellow]No report.html: {escape(str(error))}[/]")
+
+
+def _settings_of(adapter: Path | None) -> Config | None:
+    """The settings of the run that an adapter came from, if it is still in its folder."""
+    from alignprop.config import read_config
+
+    for folder in (adapter, adapter.parent) if adapter is not None else ():
+        if (folder / "config.yaml").is_file():
+            return read_config(folder / "config.yaml")
+    return None
+
+
+def _adapter_folder(adapter: Path | None) -> Path | None:
+    """The folder with the adapter's file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if adapter is None:
+        return None
+    from alignprop.adapters import ADAPTER_FILE
+
+    for folder in (adapter, adapter / "adapter"):
+        if (folder / ADAPTER_FILE).is_file():
+            return folder
+    raise ValueError(f"adapter={str(adapter)!r} holds no {ADAPTER_FILE}: give an adapter's folder or a run's.")
+
+
+def _sampler(
+    model: str | None, adapter: Path | None, steps: int | None, guidance: float | None
+) -> tuple[Sampler, Path | None]:
+    """The base model with the settings that go with it, and the folder of the adapter that is asked for."""
+    from alignprop.config import Config, Model, check_call, load_pipeline, read_config, recipe_path
+    from alignprop.rollout import Sampler
+
+    folder = _adapter_folder(adapter)
+    config = _settings_of(adapter)
+    if config is None:
+        config = Config() if model not in (None, "emoji") else read_config(recipe_path(DEFAULT_RECIPE))
+    changes = {"num_inference_steps": steps, "guidance_scale": guidance}
+    sampling = config.sampling.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    pipeline = load_pipeline(config.model if model in (None, config.model.name) else Model(name=model))
+    check_call(pipeline, sampling)
+    return Sampler(pipeline, sampling.call()), folder
+
+
+def _pictures(sampler: Sampler, prompt: str, num: int, seed: int) -> list[Image]:
+    from alignprop.pixels import to_pil
+
+    pictures: list[Image] = []
+    for first in range(0, num, BATCH_SIZE):
+        seeds = range(seed + first, seed + min(first + BATCH_SIZE, num))
+        pictures += to_pil(sampler.sample([prompt] * len(seeds), seeds))
+    return pictures
+
+
+def _write_pictures(columns: Sequence[tuple[str, list[Image]]], out: Path) -> None:
+    from alignprop.pictures import save_grid
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if len(columns) == len(columns[0][1]) == 1:
+        columns[0][1][0].save(out)
+    else:
+        save_grid([pictures for _, pictures in columns], [caption for caption, _ in columns], out)
+
+
+def _measures(
+    config: Config | None, names: Sequence[str], source: str | None, device: torch.device
+) -> tuple[dict[str, Reward], dict[str, tuple[str, ...]]]:
+    """What to measure on which prompts: as asked for, else as in the run."""
+    from alignprop.config import JudgeTerm, evaluation_sets, load_terms
+    from alignprop.prompts import load_prompts
+
+    terms: Mapping[str, JudgeTerm] = {name: JudgeTerm() for name in names}
+    if config is not None and not names:
+        terms = {**config.judges, **config.rewards}
+    if not terms:
+        raise ValueError("--reward is missing: give one or more; `alignprop rewards` lists them.")
+    if source is not None:
+        prompts = load_prompts(source)
+        return load_terms(terms, device), evaluation_sets(prompts, len(prompts.train))
+    if config is None or config.prompts.train is None:
+        raise ValueError("--prompts is missing: give the name of a list, a file, or module:function.")
+    num_train = config.evaluation.num_train_prompts if config.evaluation else NUM_TRAIN_PROMPTS
+    return load_terms(terms, device), evaluation_sets(
+        load_prompts(config.prompts.train, config.prompts.unseen), num_train
+    )
+
+
+if __name__ == "__main__":
+    main()

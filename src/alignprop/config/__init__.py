@@ -1,0 +1,25 @@
+"""Configurations: typed and strict settings, recipes, and the trainer that they describe."""
+
+from alignprop.config.building import build, check_call, evaluation_sets, load_pipeline, load_terms
+from alignprop.config.errors import ConfigError
+from alignprop.config.loading import Recipe, load_config, read_config, recipe_path, recipes, save
+from alignprop.config.settings import Config, JudgeTerm, Model, Run
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "JudgeTerm",
+    "Model",
+    "Recipe",
+    "Run",
+    "build",
+    "check_call",
+    "evaluation_sets",
+    "load_config",
+    "load_pipeline",
+    "load_terms",
+    "read_config",
+    "recipe_path",
+    "recipes",
+    "save",
+]

@@ -1,0 +1,275 @@
+"""The settings of a run: typed, frozen, strict. Every default of a run is in this file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+Natural: TypeAlias = Annotated[int, Field(ge=0)]
+Positive: TypeAlias = Annotated[float, Field(gt=0)]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+
+ESTIMATORS = {"alignprop": "alignprop.estimators:AlignProp"}
+"""Gradient estimators by name, as ``module:attribute``."""
+
+
+class Section(BaseModel):
+    """A group of settings. It cannot be changed, and knows no other keys than its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Model(Section):
+    """The pipeline that is aligned.
+
+    Attributes:
+        name: ``emoji`` (embedded), a folder, a ``.safetensors`` file, or the name of a model on the hub.
+        dtype: of the weights; the decoder stays in fp32 beside fp16 (it overflows there).
+        revision: of a model on the hub.
+        variant: of a model on the hub, such as ``fp16``.
+        pipeline: class of the pipeline; null takes what the model says, and StableDiffusionPipeline for a file.
+        scheduler: class of the scheduler, made from the configuration of the pipeline's own; null keeps that one.
+        scheduler_arguments: changes of the scheduler's configuration.
+        device: null takes the fastest there is.
+    """
+
+    name: str = "emoji"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    revision: str | None = None
+    variant: str | None = None
+    pipeline: str | None = None
+    scheduler: str | None = None
+    scheduler_arguments: dict[str, Any] = {}
+    device: str | None = None
+
+
+class Sampling(Section):
+    """Arguments of the pipeline's call, in training and evaluation alike. Those that are null are not passed.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance.
+        eta: of DDIM's noise, 0 for none.
+        height: of the pictures, in pixels.
+        width: of the pictures, in pixels.
+        negative_prompt: for every picture.
+        extra: any further argument of the pipeline's call.
+    """
+
+    num_inference_steps: Count | None = None
+    guidance_scale: float | None = None
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    height: Count | None = None
+    width: Count | None = None
+    negative_prompt: str | None = None
+    extra: dict[str, Any] = {}
+
+    def call(self) -> dict[str, Any]:
+        """The arguments as the pipeline takes them."""
+        return {**self.model_dump(exclude={"extra"}, exclude_none=True), **self.extra}
+
+
+class AdapterSettings(Section):
+    """The LoRA that is trained; see :class:`alignprop.adapters.Lora`."""
+
+    rank: Count = 4
+    alpha: Positive | None = None
+    dropout: Fraction = 0.0
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class AllSteps(Section):
+    """Every denoising step is live."""
+
+    kind: Literal["all"]
+
+
+class LastSteps(Section):
+    """The last ``steps`` denoising steps are live, always."""
+
+    kind: Literal["last"]
+    steps: Count = 1
+
+
+class UniformSteps(Section):
+    """K is uniform in [low, high]; null for the number of denoising steps."""
+
+    kind: Literal["uniform"] = "uniform"
+    low: Count = 1
+    high: Count | None = None
+
+
+class GaussianSteps(Section):
+    """K is normal around ``mean``, rounded and moved into the range that there is."""
+
+    kind: Literal["gaussian"]
+    mean: Annotated[float, Field(ge=1)]
+    std: Annotated[float, Field(ge=0)]
+
+
+TruncationSettings: TypeAlias = AllSteps | LastSteps | UniformSteps | GaussianSteps
+
+
+class EstimatorSettings(Section):
+    """How rollouts become gradients.
+
+    Attributes:
+        name: a row of :data:`ESTIMATORS`.
+        truncation: how many of the last denoising steps are live.
+        checkpointing: what is recomputed to save memory; ``auto`` measures, and takes the fastest that fits.
+        memory_gb: what ``auto`` may use; null for what is free.
+    """
+
+    name: str = "alignprop"
+    truncation: Annotated[TruncationSettings, Field(discriminator="kind")] = UniformSteps()
+    checkpointing: Literal["none", "step", "block", "nested", "auto"] = "none"
+    memory_gb: Positive | None = None
+
+
+class JudgeTerm(Section):
+    """A reward that is measured and not trained.
+
+    Attributes:
+        target: ``module:attribute``, where the key is a name of your own choice.
+        arguments: of the reward.
+    """
+
+    target: str | None = None
+    arguments: dict[str, Any] = {}
+
+
+class RewardTerm(JudgeTerm):
+    """A reward that is trained.
+
+    Attributes:
+        weight: in the sum; negative to push it down.
+    """
+
+    weight: float = 1.0
+
+
+def _judges(value: Any) -> Any:
+    """A name or a list of names, as a mapping."""
+    names = [value] if isinstance(value, str) else value
+    return {str(name): {} for name in names} if isinstance(names, (list, tuple)) else value
+
+
+def _rewards(value: Any) -> Any:
+    """The same, where a bare number is a weight."""
+    terms = _judges(value)
+    if not isinstance(terms, Mapping):
+        return terms
+    return {name: term if isinstance(term, (Mapping, Section)) else {"weight": term} for name, term in terms.items()}
+
+
+def _prompt_source(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and value and all(isinstance(prompt, str) for prompt in value):
+        return tuple(value)
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError("the name of a list, a .txt or .jsonl file, module:function, or a list of prompts")
+
+
+PromptSetting: TypeAlias = Annotated[str | tuple[str, ...] | None, BeforeValidator(_prompt_source)]
+
+
+class PromptSettings(Section):
+    """Prompts to train on, and others that are only evaluated.
+
+    Attributes:
+        train: the name of a list, a ``.txt`` or ``.jsonl`` file, ``module:function``, or the prompts themselves.
+        unseen: the same; null for the held-out part of a named list.
+    """
+
+    train: PromptSetting = None
+    unseen: PromptSetting = None
+
+
+class OptimizerSettings(Section):
+    """AdamW and the step; see :class:`alignprop.trainer.Optimizer`."""
+
+    learning_rate: Positive = 1e-3
+    warmup_steps: Natural = 0
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant_with_warmup"
+    )
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    eps: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+    ema_decay: Fraction | None = None
+
+
+class Training(Section):
+    """The loop; see :class:`alignprop.trainer.Trainer`.
+
+    Attributes:
+        num_threads: of torch on CPU; null leaves the choice to torch.
+    """
+
+    steps: Count = 100
+    batch_size: Count = 4
+    accumulation: Count = 1
+    seed: Natural = 0
+    num_threads: Count | None = None
+
+
+class EvaluationSettings(Section):
+    """What is measured at intervals; see :class:`alignprop.evaluation.Evaluation`.
+
+    Attributes:
+        num_train_prompts: how many training prompts are evaluated beside the unseen ones, evenly spaced in the list.
+    """
+
+    every: Count = 25
+    images_per_prompt: Count = 4
+    batch_size: Count = 16
+    seed: Natural = 1234
+    num_train_prompts: Natural = 8
+
+
+class CheckpointSettings(Section):
+    """What resuming needs; see :class:`alignprop.checkpointing.Checkpoints`."""
+
+    every: Count = 50
+    keep: Count = 2
+
+
+class Tracking(Section):
+    """Where metrics go beside the run folder."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    project: str = "alignprop"
+
+
+class Run(Section):
+    """Where the run's files go: ``folder/name``.
+
+    Attributes:
+        name: null for the recipe's name and the time.
+    """
+
+    name: str | None = None
+    folder: str = "runs"
+
+
+class Config(Section):
+    """Everything that makes a run."""
+
+    description: str = ""
+    model: Model = Model()
+    sampling: Sampling = Sampling()
+    adapter: AdapterSettings = AdapterSettings()
+    estimator: EstimatorSettings = EstimatorSettings()
+    rewards: Annotated[dict[str, RewardTerm], BeforeValidator(_rewards)] = {}
+    judges: Annotated[dict[str, JudgeTerm], BeforeValidator(_judges)] = {}
+    prompts: PromptSettings = PromptSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    training: Training = Training()
+    evaluation: EvaluationSettings | None = EvaluationSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    tracking: Tracking = Tracking()
+    run: Run = Run()

@@ -1,0 +1,199 @@
+"""Evaluation on training and unseen prompts at fixed seeds, with rewards that are not trained, and the best adapter."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignprop import distributed
+from alignprop.pictures import save_grid
+from alignprop.pixels import to_pil
+from alignprop.rewards import Reward
+from alignprop.rollout import Sampler
+from alignprop.runfolder import RunFolder
+from alignprop.trainer import Callback, Metrics, Trainer
+
+SELECTED_BY = "unseen"
+"""The set of prompts on which the best adapter is chosen, where there is one."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A set of prompts, sampled and scored.
+
+    Attributes:
+        prompts: the N prompts.
+        images: (N, S, 3, H, W) in [0, 1], S pictures of each prompt.
+        scores: (N, S) by the reward's name.
+    """
+
+    prompts: Sequence[str]
+    images: Tensor
+    scores: Mapping[str, Tensor]
+
+    def summary(self, weights: Mapping[str, float]) -> dict[str, Any]:
+        """The numbers of a line in ``evaluation.jsonl``.
+
+        Args:
+            weights: of the rewards that are trained; their weighted sum is the line's ``reward``.
+        """
+        trained = sum((weight * self.scores[name] for name, weight in weights.items()), torch.zeros(()))
+        return {
+            "num_prompts": self.images.shape[0],
+            "num_images": self.images.shape[0] * self.images.shape[1],
+            "reward": _statistics(trained),
+            "rewards": {name: _statistics(values) for name, values in self.scores.items()},
+            "diversity": diversity(self.images),
+        }
+
+
+def diversity(images: Tensor) -> float:
+    """Mean distance between two pictures of one prompt: the root mean square of their pixels' difference, in [0, 1].
+
+    Args:
+        images: (N, S, 3, H, W) in [0, 1]; 0 is returned for S = 1.
+    """
+    flat = images.flatten(2).double()
+    distances = torch.cdist(flat, flat) / flat.shape[-1] ** 0.5
+    num_seeds = images.shape[1]
+    pairs = num_seeds * (num_seeds - 1) * images.shape[0]
+    return (distances.sum() / pairs).item() if pairs else 0.0
+
+
+def _statistics(scores: Tensor) -> dict[str, float]:
+    """Mean, deviation over single images, and standard error of the mean over prompts."""
+    by_prompt = scores.double().mean(1)
+    sem = by_prompt.std() / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else torch.zeros(())
+    return {"mean": by_prompt.mean().item(), "std": scores.double().std(correction=0).item(), "sem": float(sem)}
+
+
+@torch.no_grad()
+def evaluate(
+    sampler: Sampler,
+    prompts: Sequence[str],
+    rewards: Mapping[str, Reward],
+    *,
+    images_per_prompt: int = 4,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Evaluated:
+    """Sample every prompt at fixed seeds with the plain pipeline, and score the pictures.
+
+    The work is shared among the processes, and every process gets all of the result.
+
+    Args:
+        sampler: the pipeline, in the state that is to be judged, and the arguments of its call.
+        prompts: what to draw.
+        rewards: by name.
+        images_per_prompt: pictures of each prompt; their seeds depend on the prompt's place and on ``seed``.
+        batch_size: pictures sampled at a time.
+        seed: the same seed gives the same noise.
+    """
+    jobs = [
+        (prompt, distributed.derive_seed(seed, place, copy))
+        for place, prompt in enumerate(prompts)
+        for copy in range(images_per_prompt)
+    ]
+    process = distributed.process()
+    share = -(-len(jobs) // process.num_processes)
+    mine = jobs[process.process_index * share : (process.process_index + 1) * share]
+    images, scores = [], []
+    for first in range(0, len(mine), batch_size):
+        some_prompts, some_seeds = map(list, zip(*mine[first : first + batch_size], strict=True))
+        pictures = sampler.sample(some_prompts, some_seeds)
+        images.append(pictures.cpu())
+        scores.append({name: reward(pictures, some_prompts).float().cpu() for name, reward in rewards.items()})
+    images, scores = distributed.gather(images), distributed.gather(scores)
+    shape = (len(prompts), images_per_prompt)
+    return Evaluated(
+        prompts=prompts,
+        images=torch.cat(images).unflatten(0, shape),
+        scores={name: torch.cat([part[name] for part in scores]).view(shape) for name in rewards},
+    )
+
+
+@dataclass
+class Evaluation(Callback):
+    """Evaluates at intervals, draws grids, and keeps the adapter with the best trained reward on unseen prompts.
+
+    Attributes:
+        folder: of the run.
+        prompts: sets of prompts by name, ``train`` and ``unseen``.
+        judges: rewards that are not trained, by name.
+        every: steps between evaluations; there is always one before the first step and one at the end.
+        images_per_prompt: pictures of each prompt.
+        batch_size: pictures sampled at a time.
+        seed: of the noise, the same at every evaluation.
+        metadata: facts for the header of the adapter's file.
+    """
+
+    folder: RunFolder
+    prompts: Mapping[str, Sequence[str]]
+    judges: Mapping[str, Reward] = field(default_factory=dict)
+    every: int = 25
+    images_per_prompt: int = 4
+    batch_size: int = 16
+    seed: int = 1234
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def start(self, trainer: Trainer) -> None:
+        """Evaluate the base model, or pick up where a resumed run was."""
+        if distributed.process().is_main_process:
+            self.folder.evaluations.rewind(trainer.step)
+        distributed.process().wait_for_everyone()
+        lines = self.folder.evaluations.read()
+        self._best = max((self._criterion(line) for line in lines if line["kept"]), default=float("-inf"))
+        self._evaluated = lines[-1]["step"] if lines else -1
+        if self._evaluated < 0:
+            self._evaluate(trainer)
+
+    def step(self, trainer: Trainer, metrics: Metrics) -> None:
+        """Evaluate when it is time."""
+        if trainer.step % self.every == 0:
+            self._evaluate(trainer)
+
+    def end(self, trainer: Trainer) -> None:
+        """Evaluate the last state of a finished run."""
+        if trainer.step == trainer.steps and self._evaluated != trainer.step:
+            self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        began = time.perf_counter()
+        rewards = {**trainer.objective.rewards, **self.judges}
+        with trainer.adapter.weights(trainer.evaluated_weights()):
+            results = {
+                name: evaluate(
+                    trainer.sampler,
+                    prompts,
+                    rewards,
+                    images_per_prompt=self.images_per_prompt,
+                    batch_size=self.batch_size,
+                    seed=self.seed,
+                )
+                for name, prompts in self.prompts.items()
+            }
+        line = {
+            "step": trainer.step,
+            "images_scored": trainer.images_scored,
+            "trained": list(trainer.objective.weights),
+            "sets": {name: result.summary(trainer.objective.weights) for name, result in results.items()},
+        }
+        line["kept"] = self._criterion(line) > self._best
+        self._best = max(self._best, self._criterion(line))
+        self._evaluated = trainer.step
+        if distributed.process().is_main_process:
+            for name, result in results.items():
+                columns = [to_pil(images) for images in result.images]
+                save_grid(columns, result.prompts, self.folder.samples(trainer.step) / f"{name}.png")
+            if line["kept"]:
+                with trainer.adapter.weights(trainer.evaluated_weights()):
+                    trainer.adapter.save(self.folder.adapter, {**self.metadata, "step": trainer.step})
+            self.folder.evaluations.append({**line, "seconds": time.perf_counter() - began})
+        distributed.process().wait_for_everyone()
+
+    def _criterion(self, line: Mapping[str, Any]) -> float:
+        chosen = line["sets"].get(SELECTED_BY) or next(iter(line["sets"].values()))
+        return float(chosen["reward"]["mean"])

@@ -1,0 +1,206 @@
+"""Prove, before step 1, that the pipeline and the reward can be trained with: the failures to fear are silent."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignprop.adapters import Adapter
+from alignprop.rewards import WeightedSum, check_scores
+from alignprop.rollout import Rollout, Sampler
+from alignprop.seams import CHECKPOINTING_MODES, Checkpointing, swapped
+
+NUM_STEPS = 2
+"""Denoising steps of the probe's samplings."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked.
+
+    Attributes:
+        name: what.
+        passed: whether it is as it must be.
+        detail: what was measured or, if it failed, one sentence with the remedy.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class ProbeError(ValueError):
+    """The pipeline or the reward cannot be trained with."""
+
+
+def probe(
+    sampler: Sampler,
+    adapter: Adapter,
+    reward: WeightedSum,
+    prompts: Sequence[str],
+    *,
+    modes: Sequence[Checkpointing] = CHECKPOINTING_MODES,
+) -> list[Finding]:
+    """Run two denoising steps of the real thing and check what training relies on.
+
+    The adapter is given small random weights for the while: a fresh one has no effect, which hides what is broken.
+
+    Args:
+        sampler: the pipeline and the arguments of its call.
+        adapter: the adapter that will be trained.
+        reward: the reward that it will be trained on.
+        prompts: prompts to try, one picture each.
+        modes: checkpointing modes to compare.
+    """
+    seeds = list(range(len(prompts)))
+    with adapter.weights(_perturbed(adapter), as_reloaded=False):
+        checks = [
+            ("scheduler", lambda: _scheduler(sampler.pipeline)),
+            ("same picture", lambda: _same_picture(sampler, prompts, seeds)),
+            ("live gradient", lambda: _live_gradient(sampler, adapter, prompts, seeds)),
+            ("reward", lambda: _reward(sampler, reward, prompts, seeds)),
+            ("checkpointing", lambda: _checkpointing(sampler, adapter, prompts, seeds, modes)),
+        ]
+        return [_finding(name, check) for name, check in checks]
+
+
+def require(findings: Sequence[Finding]) -> None:
+    """Refuse to train unless everything passed.
+
+    Raises:
+        ProbeError: with one sentence for each failure.
+    """
+    failures = [f"{finding.name}: {finding.detail}" for finding in findings if not finding.passed]
+    if failures:
+        raise ProbeError("\n".join(failures))
+
+
+def _finding(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, check())
+    except ValueError as error:
+        return Finding(name, False, str(error))
+
+
+def _scheduler(pipeline: Any) -> str:
+    config = pipeline.scheduler.config
+    name = type(pipeline.scheduler).__name__
+    for setting in ("clip_sample", "thresholding"):
+        if config.get(setting):
+            raise ValueError(
+                f"{name} has {setting}=True, which zeroes the gradient where it clips: "
+                f"use {name}.from_config(pipeline.scheduler.config, {setting}=False)."
+            )
+    return f"{name} clips nothing"
+
+
+def _same_picture(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> str:
+    plain = sampler.sample(prompts, seeds, **_steps(sampler))
+    pixels = sampler.rollout(prompts, seeds, **_steps(sampler)).pixels.detach().float()
+    if pixels.shape != plain.shape:
+        raise ValueError(f"the rollout gives {tuple(pixels.shape)}, the plain pipeline {tuple(plain.shape)}.")
+    error = (pixels - plain).abs().max().item()
+    if not error <= _tolerance(sampler, 1e-5, 2e-2):
+        raise ValueError(
+            f"the rollout's picture differs from the plain pipeline's by up to {error:.1e}: "
+            "the pipeline keeps state between calls, or draws noise that no generator controls."
+        )
+    return f"the rollout's picture is the plain pipeline's (largest difference {error:.0e})"
+
+
+def _live_gradient(sampler: Sampler, adapter: Adapter, prompts: Sequence[str], seeds: Sequence[int]) -> str:
+    calls: list[Tensor] = []
+    with ExitStack() as stack:
+        for denoiser in adapter.spec.denoisers_of(sampler.pipeline):
+            stack.enter_context(swapped(denoiser, "forward", _spied(denoiser, calls)))
+        rollout = sampler.rollout(prompts, seeds, **_steps(sampler))
+    gradients = torch.autograd.grad(
+        _contrast(rollout), [*calls, *adapter.parameters.values()], allow_unused=True, retain_graph=False
+    )
+    dead = [i for i, gradient in enumerate(gradients[: len(calls)]) if _is_zero(gradient)]
+    if dead or len(calls) != rollout.calls:
+        raise ValueError(
+            f"of {rollout.calls} denoiser calls in {rollout.num_steps} steps, calls {dead} pass no gradient on: "
+            "look for a detach, a no_grad or an output that the pipeline does not use."
+        )
+    used = sum(not _is_zero(gradient) for gradient in gradients[len(calls) :])
+    if not used:
+        raise ValueError("no gradient reaches the adapter: its modules are not called by the denoiser.")
+    return f"all {rollout.calls} denoiser calls carry gradient, to {used} of {len(adapter.parameters)} adapter tensors"
+
+
+def _spied(denoiser: nn.Module, calls: list[Tensor]) -> Callable[..., Any]:
+    forward = denoiser.forward
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        first = output[0]
+        calls.extend(first if isinstance(first, list) else [first])
+        return output
+
+    return spied
+
+
+def _reward(sampler: Sampler, reward: WeightedSum, prompts: Sequence[str], seeds: Sequence[int]) -> str:
+    images = sampler.sample(prompts, seeds, **_steps(sampler)).requires_grad_()
+    told = []
+    for name, scores in reward.components(images, prompts).items():
+        check_scores(scores, images, name, prompts)
+        (gradient,) = torch.autograd.grad(scores.sum(), images)
+        if not gradient.isfinite().all() or _is_zero(gradient):
+            raise ValueError(f"reward {name!r} has a gradient with respect to the pixels that is zero or not finite.")
+        told.append(f"{name} {scores.mean().item():.3g}")
+    return f"finite scores of shape ({len(prompts)},) whose gradient reaches the pixels ({', '.join(told)})"
+
+
+def _checkpointing(
+    sampler: Sampler,
+    adapter: Adapter,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    modes: Sequence[Checkpointing],
+) -> str:
+    def gradient(mode: Checkpointing) -> Tensor:
+        rollout = sampler.rollout(prompts, seeds, checkpointing=mode, **_steps(sampler))
+        values = list(adapter.parameters.values())
+        parts = torch.autograd.grad(_contrast(rollout), values, allow_unused=True)
+        return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten().cpu() for g, p in zip(parts, values, strict=True)])
+
+    reference = gradient("none")
+    for mode in modes:
+        error = ((gradient(mode) - reference).norm() / reference.norm()).item()
+        if not error <= _tolerance(sampler, 1e-4, 5e-2):
+            raise ValueError(
+                f"checkpointing={mode!r} changes the gradient by {error:.1e}: the denoiser keeps state between calls; "
+                "use checkpointing='none'."
+            )
+    return f"{', '.join(modes)} give the same gradient"
+
+
+def _contrast(rollout: Rollout) -> Tensor:
+    """A scalar that depends on every pixel, unevenly: a plain mean can be blind to a normalising layer."""
+    weights = torch.linspace(-1, 1, rollout.pixels[0].numel(), device=rollout.pixels.device)
+    return (rollout.pixels.flatten(1).float() * weights).sum()
+
+
+def _steps(sampler: Sampler) -> dict[str, int]:
+    return {"num_inference_steps": NUM_STEPS}
+
+
+def _tolerance(sampler: Sampler, single: float, half: float) -> float:
+    return single if sampler.pipeline.dtype in (torch.float32, torch.float64) else half
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    return gradient is None or not gradient.any()
+
+
+def _perturbed(adapter: Adapter) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: parameter.detach() + 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        for name, parameter in adapter.parameters.items()
+    }

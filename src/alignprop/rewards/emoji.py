@@ -1,0 +1,46 @@
+"""Rewards of the embedded model: its aesthetic head and its CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from alignprop import emoji
+
+
+class EmojiAesthetic(nn.Module):
+    """Rating of the drawing, 1 to 10, whatever the prompt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clip, _ = emoji.clip()
+        self.head = emoji.aesthetic()
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score each image."""
+        rating: Tensor = self.head(emoji.aesthetic_features(self.clip, images))
+        return rating
+
+
+class EmojiClip(nn.Module):
+    """Cosine similarity of image and prompt, -1 to 1; a prompt's embedding is computed once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clip, self.tokenizer = emoji.clip()
+        self._embeddings: dict[str, Tensor] = {}
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score each image."""
+        return cosine_similarity(emoji.image_features(self.clip, images), self._embed(prompts).to(images))
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        new = sorted(set(prompts) - self._embeddings.keys())
+        if new:
+            tokens = self.tokenizer(new, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
+            pooled = self.clip.text_model(**tokens).pooler_output
+            self._embeddings.update(zip(new, self.clip.text_projection(pooled), strict=True))
+        return torch.stack([self._embeddings[prompt] for prompt in prompts])

@@ -1,0 +1,146 @@
+"""One differentiable sampling: the pipeline's own call, run through the seams."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignprop import pixels
+from alignprop.seams import Checkpointing, gradient_seams, swapped
+from alignprop.spec import PipelineSpec, spec_of
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one sampling gave.
+
+    Attributes:
+        pixels: (B, 3, H, W) in [0, 1], with gradient. Clamped straight through: values outside the decoder's range
+            are cut off, their gradient is passed on.
+        latents: what the decoder received, detached.
+        num_steps: denoising steps run, counted in scheduler steps.
+        live_steps: how many of the last of them carry gradient.
+        calls: denoiser calls.
+        live_calls: denoiser calls that carried gradient.
+        checkpointing: the mode that was used.
+        output: what the pipeline itself returned.
+    """
+
+    pixels: Tensor
+    latents: Tensor
+    num_steps: int
+    live_steps: int
+    calls: int
+    live_calls: int
+    checkpointing: Checkpointing
+    output: Any
+
+
+def rollout(
+    pipeline: Any,
+    /,
+    *args: Any,
+    live_steps: int | Callable[[int], int] | None = None,
+    checkpointing: Checkpointing | Callable[[int], Checkpointing] = "none",
+    spec: PipelineSpec | None = None,
+    **kwargs: Any,
+) -> Rollout:
+    """Sample with an unmodified diffusers pipeline and keep the graph of its last denoising steps.
+
+    Args:
+        pipeline: any diffusers pipeline with a denoiser, a scheduler and a decoder.
+        *args: positional arguments of the pipeline's own call.
+        live_steps: how many of the last denoising steps carry gradient: a number, a function of the number of steps
+            (for a draw), or None for all.
+        checkpointing: activation checkpointing of the live steps, or a function from their number to a mode.
+        spec: the pipeline's parts, where :func:`alignprop.spec.spec_of` cannot know them.
+        **kwargs: keyword arguments of the pipeline's own call.
+
+    Returns:
+        The pixels with gradient and what the seams counted.
+
+    Raises:
+        ValueError: ``live_steps`` does not fit the number of denoising steps, or the call decoded nothing.
+    """
+    spec = spec or spec_of(pipeline)
+    quiet = {**getattr(pipeline, "_progress_bar_config", {}), "disable": True}
+    with (
+        torch.enable_grad(),  # what the seams switch on must not outlive the call
+        swapped(pipeline, "_progress_bar_config", quiet),
+        gradient_seams(pipeline, spec, _live(live_steps), _mode(checkpointing)) as trace,
+    ):
+        output = pipeline(*args, **kwargs)
+    if trace.decoded is None or trace.latents is None:
+        raise ValueError(
+            f"{type(pipeline).__name__} decoded no picture: leave output_type at 'pt', 'np' or 'pil', not 'latent'."
+        )
+    return Rollout(
+        pixels=pixels.clamp_straight_through(pixels.to_unit(trace.decoded, spec.value_range)),
+        latents=trace.latents,
+        num_steps=trace.num_steps,
+        live_steps=trace.live_steps,
+        calls=trace.calls,
+        live_calls=trace.live_calls,
+        checkpointing=trace.checkpointing,
+        output=output,
+    )
+
+
+def _live(live_steps: int | Callable[[int], int] | None) -> Callable[[int], int]:
+    def count(num_steps: int) -> int:
+        wanted = live_steps(num_steps) if callable(live_steps) else live_steps
+        if wanted is None:
+            return num_steps
+        if not 1 <= wanted <= num_steps:
+            raise ValueError(f"live_steps={wanted} needs 1 <= live_steps <= {num_steps}, the number of denoising steps.")
+        return wanted
+
+    return count
+
+
+def _mode(checkpointing: Checkpointing | Callable[[int], Checkpointing]) -> Callable[[int], Checkpointing]:
+    return checkpointing if callable(checkpointing) else lambda live_steps: checkpointing
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A pipeline bound to the arguments of its call: from prompts and seeds to pictures.
+
+    Attributes:
+        pipeline: the user's diffusers pipeline.
+        call: keyword arguments of every call (``num_inference_steps``, ``guidance_scale``, ...).
+    """
+
+    pipeline: Any
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        live_steps: int | Callable[[int], int] | None = None,
+        checkpointing: Checkpointing | Callable[[int], Checkpointing] = "none",
+        **changes: Any,
+    ) -> Rollout:
+        """Sample one picture for each prompt and seed, with gradient."""
+        arguments = {**self._arguments(prompts, seeds), **changes}
+        return rollout(self.pipeline, live_steps=live_steps, checkpointing=checkpointing, **arguments)
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], **changes: Any) -> Tensor:
+        """Sample with the plain pipeline; (B, 3, H, W) in [0, 1] in float32."""
+        quiet = {**getattr(self.pipeline, "_progress_bar_config", {}), "disable": True}
+        with swapped(self.pipeline, "_progress_bar_config", quiet):
+            images: Tensor = self.pipeline(**{**self._arguments(prompts, seeds), **changes}).images
+        return images.float()
+
+    def _arguments(self, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+        negative = self.call.get("negative_prompt")
+        # One generator a picture: the same seed gives the same picture whatever else is in the batch.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        arguments = {**self.call, "prompt": list(prompts), "generator": generators, "output_type": "pt"}
+        if isinstance(negative, str):
+            arguments["negative_prompt"] = [negative] * len(prompts)
+        return arguments

@@ -1,0 +1,220 @@
+"""Let gradient through an unmodified diffusers pipeline, at three seams.
+
+The seams are instance attributes, put in place for one sampling and taken away afterwards whatever happens:
+
+1. ``denoiser.forward``: gradient on in the live denoising steps and off in the others, activation checkpointing.
+2. ``scheduler.step``: counts the denoising steps.
+3. ``decoder.decode``: keeps the pixels with their graph and hands the pipeline a detached copy.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from alignprop.spec import PipelineSpec
+
+Checkpointing = Literal["none", "step", "block", "nested"]
+CHECKPOINTING_MODES: tuple[Checkpointing, ...] = get_args(Checkpointing)
+
+_ABSENT = object()
+_LATENT_ARGUMENTS = ("sample", "hidden_states", "x", "latents")
+
+
+@dataclass
+class Trace:
+    """What the seams saw during one sampling.
+
+    Attributes:
+        num_steps: scheduler steps of the run, or 0 until the denoiser is called for the first time.
+        live_steps: how many of the last steps carry gradient.
+        checkpointing: the mode in force, decided once ``live_steps`` is known.
+        step: scheduler steps done so far.
+        calls: denoiser calls so far.
+        live_calls: those of them that carried gradient.
+        latents: what the decoder received, detached.
+        decoded: what the decoder returned, with its graph.
+    """
+
+    num_steps: int = 0
+    live_steps: int = 0
+    checkpointing: Checkpointing = "none"
+    step: int = 0
+    calls: int = 0
+    live_calls: int = 0
+    latents: Tensor | None = None
+    decoded: Tensor | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the current denoising step carries gradient."""
+        return self.step >= self.num_steps - self.live_steps
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether the current step is dropped and recomputed in the backward pass.
+
+        Never the last one: its activations are the first that the backward pass needs, so dropping them costs a
+        forward pass and saves nothing where the denoiser outweighs the decoder.
+        """
+        return self.checkpointing in ("step", "nested") and self.step < self.num_steps - 1
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether the model's own blocks are checkpointed."""
+        return self.checkpointing in ("block", "nested")
+
+
+@contextmanager
+def swapped(target: object, name: str, value: object) -> Iterator[None]:
+    """Set an instance attribute and put back what was there, or its absence, on leaving."""
+    attributes = vars(target)  # not setattr: a pipeline writes what it is given into its config
+    before = attributes.get(name, _ABSENT)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del attributes[name]
+        else:
+            attributes[name] = before
+
+
+@contextmanager
+def gradient_seams(
+    pipeline: Any,
+    spec: PipelineSpec,
+    live_steps: Callable[[int], int],
+    checkpointing: Callable[[int], Checkpointing],
+) -> Iterator[Trace]:
+    """Patch ``pipeline`` so that its next call carries gradient in its last denoising steps.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        spec: its parts.
+        live_steps: from the number of denoising steps to how many of the last ones are live, in [1, number].
+        checkpointing: from the number of live steps to the checkpointing mode.
+
+    Yields:
+        The trace that the call fills in.
+    """
+    trace = Trace()
+    # A copy for each sampling: multistep schedulers keep the last model outputs, and with them their graph.
+    scheduler = copy.deepcopy(pipeline.scheduler)
+
+    def begin() -> None:
+        trace.num_steps = getattr(pipeline, "_num_timesteps", None) or len(scheduler.timesteps)
+        trace.live_steps = live_steps(trace.num_steps)
+        trace.checkpointing = checkpointing(trace.live_steps)
+
+    with ExitStack() as stack:
+        stack.enter_context(swapped(pipeline, "_num_timesteps", None))  # forget the previous call's
+        stack.enter_context(swapped(pipeline, "scheduler", scheduler))
+        stack.enter_context(swapped(scheduler, "step", _counted_step(scheduler.step, trace)))
+        for denoiser in spec.denoisers_of(pipeline):
+            stack.enter_context(swapped(denoiser, "forward", _gated_forward(denoiser, trace, begin)))
+        decoder = spec.decoder_of(pipeline)
+        stack.enter_context(swapped(decoder, "decode", _kept_decode(decoder, trace)))
+        yield trace
+
+
+def _counted_step(step: Callable[..., Any], trace: Trace) -> Callable[..., Any]:
+    @functools.wraps(step)  # pipelines look at the signature to decide whether to pass eta and generator
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        trace.step += 1
+        return output
+
+    return counted
+
+
+def _gated_forward(denoiser: nn.Module, trace: Trace, begin: Callable[[], None]) -> Callable[..., Any]:
+    forward = denoiser.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Entered again when the step is recomputed in the backward pass, where the seams are gone.
+        with block_checkpointing(denoiser, enabled=trace.is_blockwise):
+            return forward(*args, **kwargs)
+
+    @functools.wraps(forward)
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        if not trace.num_steps:
+            begin()
+        trace.calls += 1
+        if not trace.is_live:
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+        trace.live_calls += 1
+        torch.set_grad_enabled(True)  # the pipeline's own no_grad, or rollout, puts it back on leaving
+        args, kwargs = _with_own_latents(args, kwargs)
+        if trace.is_recomputed:
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return run(*args, **kwargs)
+
+    return gated
+
+
+def _with_own_latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Clone the latents, which some pipelines write in place after the denoiser has kept them for its backward."""
+
+    def clone(value: Any) -> Any:
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+
+    if args:
+        return (clone(args[0]), *args[1:]), kwargs
+    return args, {name: clone(value) if name in _LATENT_ARGUMENTS else value for name, value in kwargs.items()}
+
+
+def _kept_decode(decoder: nn.Module, trace: Trace) -> Callable[..., Any]:
+    decode: Callable[..., Any] = decoder.decode  # type: ignore[assignment]  # a method, not a submodule
+    dtype = next(decoder.parameters()).dtype
+
+    @functools.wraps(decode)
+    def kept(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with block_checkpointing(decoder, enabled=trace.is_blockwise):
+            # The decoder may be kept in fp32 beside an fp16 denoiser.
+            output = decode(latents.to(dtype), *args, **kwargs)
+        trace.latents = latents.detach()
+        trace.decoded = output[0]
+        # Detached, since pipelines turn pictures into numpy or PIL, which a graph forbids.
+        return _with_first(output, output[0].detach())
+
+    return kept
+
+
+def _with_first(output: Any, value: Tensor) -> Any:
+    """A decoder's output (a tuple or a diffusers BaseOutput) with its first entry replaced."""
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    first = next(iter(output))
+    return type(output)(**{**output, first: value})
+
+
+@contextmanager
+def block_checkpointing(model: nn.Module, *, enabled: bool = True) -> Iterator[None]:
+    """Checkpoint the blocks of a diffusers model inside the context, and leave its own settings untouched after."""
+    if not enabled:
+        yield
+        return
+    switches = [module for module in model.modules() if "gradient_checkpointing" in vars(module)]
+    if not switches:
+        raise ValueError(
+            f"checkpointing='block' needs a model with gradient checkpointing, and {type(model).__name__} has none: "
+            "use checkpointing='step'."
+        )
+    with ExitStack() as stack:
+        for module in switches:
+            stack.enter_context(swapped(module, "gradient_checkpointing", True))
+            stack.enter_context(swapped(module, "_gradient_checkpointing_func", _checkpointed_call))
+        yield
+
+
+def _checkpointed_call(module: nn.Module, *args: Any) -> Any:
+    return checkpoint(module.__call__, *args, use_reentrant=False)

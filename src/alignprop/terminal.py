@@ -1,0 +1,186 @@
+"""What the command line shows: messages, tables, and errors without a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from alignprop.config import ConfigError
+
+if TYPE_CHECKING:
+    from alignprop.config import Config
+    from alignprop.probe import Finding
+    from alignprop.trainer import Trainer
+
+FAILED, UNUSABLE_SETTINGS, INTERRUPTED = 1, 2, 130
+"""Exit codes."""
+
+_RANK = int(os.environ.get("RANK", "0"))
+
+
+def console() -> Console:
+    """Where the main process prints, and others do not."""
+    return Console(quiet=_RANK != 0, highlight=False)
+
+
+def tell(text: str = "") -> None:
+    """Print a line; markup is read."""
+    console().print(text)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show what is being waited for."""
+    shown = Console(stderr=True, quiet=_RANK != 0)
+    with shown.status(f"{text} ..."):
+        yield
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Turn what the user can mend into a message and an exit code; ``ALIGNPROP_TRACEBACK=1`` shows where it arose."""
+    _quieten()
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("ALIGNPROP_TRACEBACK"):
+            raise
+        if _RANK == 0 or not isinstance(error, ConfigError):  # which every process finds
+            where = f"rank {_RANK}: " if _RANK else ""
+            _tell_error(f"{where}{error}" if str(error) else repr(error), several=_num_problems(error))
+        raise typer.Exit(UNUSABLE_SETTINGS if isinstance(error, ConfigError) else FAILED) from None
+
+
+def _quieten() -> None:
+    """Keep what the libraries say to their developers off the terminal; it counts once they are imported."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Show that a model is loaded, without a bar for each of its parts."""
+    with status("Loading the model"):
+        import diffusers.utils.logging
+        import transformers.utils.logging
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        yield
+
+
+def _num_problems(error: Exception) -> int:
+    return len(error.problems) if isinstance(error, ConfigError) else 1
+
+
+def _tell_error(text: str, *, several: int) -> None:
+    shown = Console(stderr=True, highlight=False, soft_wrap=True)
+    if several == 1:
+        shown.print(f"[bold red]Error:[/] {escape(text)}")
+        return
+    shown.print(f"[bold red]Error:[/] {several} settings cannot be used:")
+    for line in text.splitlines():
+        shown.print(f"  [red]•[/] {escape(line)}")
+
+
+def describe(config: Config, trainer: Trainer, folder: Path) -> None:
+    """Say what a training will do."""
+    scheduler = type(trainer.pipeline.scheduler).__name__
+    sampling = ", ".join(f"{name} {value}" for name, value in config.sampling.call().items())
+    rewards = " + ".join(f"{term.weight:g} × {name}" for name, term in config.rewards.items())
+    judged = [name for name in config.judges if name not in config.rewards]
+    watched = f"; watched: {', '.join(judged)}" if judged else ""
+    kind = config.estimator.truncation.model_dump()
+    window = ", ".join(f"{name} {'all' if value is None else value}" for name, value in kind.items() if name != "kind")
+    training = config.training
+    rows = {
+        "model": f"{config.model.name} ({config.model.dtype}, {trainer.pipeline.device}), {scheduler}, {sampling}",
+        "reward": rewards + watched,
+        "prompts": f"{_source(config.prompts.train)}: {len(trainer.prompts)} to train on",
+        "gradient": f"{config.estimator.name}, live denoising steps: {kind['kind']}{window and f' ({window})'}",
+        "adapter": f"LoRA rank {config.adapter.rank}, {sum(p.numel() for p in trainer.parameters.values()):,} weights",
+        "training": f"{training.steps} steps of {trainer.images_a_step} images",
+        "run": str(folder),
+    }
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", escape(value))
+    console().print(table)
+
+
+def _source(source: str | Sequence[str] | None) -> str:
+    return source if isinstance(source, str) else "own list"
+
+
+def tell_findings(findings: Sequence[Finding]) -> None:
+    """One line for each thing that the probe checked."""
+    for finding in findings:
+        mark = "[green]✓[/]" if finding.passed else "[bold red]✗[/]"
+        tell(f"{mark} {finding.name}: {escape(finding.detail)}")
+
+
+def conclude(config: Config, folder: Path) -> None:
+    """Say what came out of a run, and how to use it."""
+    from alignprop.report import summarise
+
+    summary = summarise(folder)
+    tell(f"\n[bold]{escape(summary.headline)}[/]")
+    for warning in summary.warnings:
+        tell(f"[yellow]{escape(warning)}[/]")
+    if (folder / "report.html").exists():
+        tell(f"Report:  {escape(str(folder / 'report.html'))}")
+    tell(f"Adapter: {escape(str(folder / 'adapter'))}\n\nUse it:")
+    Console(quiet=_RANK != 0, highlight=False, soft_wrap=True).print(escape(loading_code(config, folder / "adapter")))
+
+
+def loading_code(config: Config, adapter: Path) -> str:
+    """The lines of Python that draw with an adapter."""
+    model = config.model
+    if model.name == "emoji":
+        load = ["from alignprop import emoji", "pipe = emoji.pipeline()"]
+    else:
+        cls = model.pipeline or ("StableDiffusionPipeline" if Path(model.name).is_file() else "DiffusionPipeline")
+        how = "from_single_file" if Path(model.name).is_file() else "from_pretrained"
+        load = [f"from diffusers import {cls}", f"pipe = {cls}.{how}({model.name!r})"]
+    call = "".join(f", {name}={value!r}" for name, value in config.sampling.call().items())
+    lines = [*load, f"pipe.load_lora_weights({str(adapter)!r})", f'pipe("a fox"{call}).images[0].save("fox.png")']
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def comparison(name: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A table of the rewards on one set of prompts, of the base model and, where there is one, with the adapter."""
+    base = results["base"]
+    title = f"{name} prompts: {base['num_prompts']} prompts, {base['num_images']} images (mean ± standard error)"
+    table = Table("reward", *results, *(["change"] if "adapter" in results else []), title=title, box=None)
+    table.title_justify = "left"
+    for reward in base["rewards"]:
+        scores = [result["rewards"][reward] for result in results.values()]
+        table.add_row(
+            reward, *(f"{s['mean']:.4g} ± {s['sem']:.2g}" for s in scores), *_change(s["mean"] for s in scores)
+        )
+    diversities = [result["diversity"] for result in results.values()]
+    table.add_row("diversity", *(f"{value:.3g}" for value in diversities), *_change(diversities))
+    return table
+
+
+def _change(values: Iterator[float] | Sequence[float]) -> list[str]:
+    first, *others = values
+    return [f"{value - first:+.3g}" for value in others]
+
+
+def is_terminal() -> bool:
+    """Whether a person is likely to be looking."""
+    return sys.stdout.isatty()

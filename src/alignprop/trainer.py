@@ -1,0 +1,284 @@
+"""The training loop."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from alignprop import distributed
+from alignprop.adapters import Adapter, Lora
+from alignprop.estimators import AlignProp, Estimate, Estimator
+from alignprop.memory import peak_resident_bytes
+from alignprop.prompts import batch as prompt_batch
+from alignprop.rewards import Reward, as_weighted_sum
+from alignprop.rollout import Sampler
+
+Metrics = dict[str, Any]
+_PROMPTS, _NOISE, _ESTIMATOR, _DROPOUT = range(4)  # streams of random numbers that come from one seed
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message names the step, the cause and the prompts."""
+
+
+class Callback(Protocol):
+    """Something that watches a training: evaluation, checkpoints, trackers. What is not overridden does nothing."""
+
+    def start(self, trainer: "Trainer") -> None:
+        """Before the first step, or the first after resuming."""
+
+    def step(self, trainer: "Trainer", metrics: Metrics) -> None:
+        """After each optimizer step."""
+
+    def end(self, trainer: "Trainer") -> None:
+        """After the last step, or when the run was interrupted between two steps."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Settings of AdamW and of the step.
+
+    Attributes:
+        learning_rate: highest rate, reached after the warm-up.
+        warmup_steps: optimizer steps over which the rate rises from zero.
+        schedule: a name that ``diffusers.optimization.get_scheduler`` knows.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        eps: AdamW's.
+        max_grad_norm: bound of the gradient's norm over all parameters.
+        ema_decay: decay of the average of the adapter that is evaluated and saved; None for no average.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    schedule: str = "constant_with_warmup"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None
+
+
+@dataclass
+class Trainer:
+    """Aligns a pipeline with a reward.
+
+    All that is random in step n is drawn from ``seed`` and n, so that a resumed run needs no generator state, and two
+    processes see the prompts and noise that one process with twice the batch would.
+
+    Attributes:
+        pipeline: a diffusers pipeline; an adapter is added to it and trained.
+        reward: a callable ``(images, prompts) -> scores``, or a weighted sum of several.
+        prompts: the training prompts.
+        call: keyword arguments of the pipeline's call.
+        steps: optimizer steps of the whole run.
+        batch_size: images of a micro-batch on each process.
+        accumulation: micro-batches of a step.
+        seed: of everything random.
+        lora: the adapter's settings.
+        optimizer: the optimizer's settings.
+        estimator: turns rollouts into gradients.
+        callbacks: called in their order.
+    """
+
+    pipeline: Any
+    reward: Reward
+    prompts: Sequence[str]
+    call: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 100
+    batch_size: int = 4
+    accumulation: int = 1
+    seed: int = 0
+    lora: Lora = field(default_factory=Lora)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    estimator: Estimator = field(default_factory=AlignProp)
+    callbacks: Sequence[Callback] = ()
+
+    def __post_init__(self) -> None:
+        """Add the adapter and set up the optimizer."""
+        self.step, self.images_scored = 0, 0
+        self.objective = as_weighted_sum(self.reward)
+        self.sampler = Sampler(self.pipeline, self.call)
+        self.adapter = Adapter(self.pipeline, self.lora, seed=self.seed)
+        self.parameters = self.adapter.parameters
+        settings, values = self.optimizer, list(self.parameters.values())
+        self.adamw = torch.optim.AdamW(
+            values,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
+        )
+        # A pure function of the step, so that a resumed run needs no state of it.
+        self.schedule = get_scheduler(
+            settings.schedule, self.adamw, num_warmup_steps=settings.warmup_steps, num_training_steps=self.steps
+        ).lr_lambdas[0]
+        self.ema = EMAModel(values, decay=settings.ema_decay) if settings.ema_decay is not None else None
+        half = self.adapter.base_dtype == torch.float16  # whose small gradients would be rounded to zero
+        self.scaler = torch.amp.GradScaler(values[0].device.type, enabled=half)
+
+    def train(self) -> None:
+        """Run to the last step; Ctrl-C ends the run after the step that it falls into."""
+        for callback in self.callbacks:
+            callback.start(self)
+        with _interrupt_between_steps() as interrupted:
+            while self.step < self.steps and not interrupted():
+                metrics = self.train_step()
+                for callback in self.callbacks:
+                    callback.step(self, metrics)
+            for callback in self.callbacks:
+                callback.end(self)
+            if interrupted():
+                raise KeyboardInterrupt
+
+    def train_step(self) -> Metrics:
+        """One optimizer step: rollouts, rewards, gradients, all-reduce, clipping, update."""
+        began = time.perf_counter()
+        estimates = self._estimate_all()
+        distributed.sum_gradients(list(self.parameters.values()))
+        grad_norm = self._update()
+        self.step += 1
+        return {**self._summary(estimates), "grad_norm": grad_norm, "seconds": time.perf_counter() - began}
+
+    def _estimate_all(self) -> list[Estimate]:
+        estimates, failure = [], None
+        self.adapter.train()
+        try:
+            estimates = [self._estimate(micro_batch) for micro_batch in range(self.accumulation)]
+        except ValueError as error:  # told to the other processes, which would wait for this one's gradients
+            failure = str(error)
+        self.adapter.eval()
+        failures = [message for message in distributed.gather([failure]) if message]
+        if failures:
+            self.adamw.zero_grad()
+            raise TrainingStopped(f"step {self.step + 1}: {failures[0]}")
+        return estimates
+
+    def _estimate(self, micro_batch: int) -> Estimate:
+        prompts, seeds = self.batch(micro_batch)
+        stream = distributed.derive_seed(self.seed, _ESTIMATOR, self.step, micro_batch)
+        with torch.random.fork_rng():
+            torch.manual_seed(distributed.derive_seed(stream, _DROPOUT, distributed.process().process_index))
+            return self.estimator(
+                self.sampler,
+                self.objective,
+                prompts,
+                seeds,
+                generator=torch.Generator().manual_seed(stream),
+                weight=self._loss_scale() / self.images_a_step,
+            )
+
+    def _loss_scale(self) -> float:
+        device = next(iter(self.parameters.values())).device
+        return float(self.scaler.scale(torch.ones((), device=device)))
+
+    @property
+    def images_a_step(self) -> int:
+        """Images of an optimizer step over all processes."""
+        return self.batch_size * self.accumulation * distributed.process().num_processes
+
+    def batch(self, micro_batch: int) -> tuple[list[str], list[int]]:
+        """This process's prompts and noise seeds of a micro-batch of the present step."""
+        process = distributed.process()
+        first = self.step * self.images_a_step
+        first += (micro_batch * process.num_processes + process.process_index) * self.batch_size
+        seeds = [distributed.derive_seed(self.seed, _NOISE, first + i) for i in range(self.batch_size)]
+        stream = distributed.derive_seed(self.seed, _PROMPTS)
+        return prompt_batch(self.prompts, stream, first, self.batch_size), seeds
+
+    def _update(self) -> float:
+        """Clip and step; returns the gradient's norm before clipping."""
+        values = list(self.parameters.values())
+        self.scaler.unscale_(self.adamw)
+        norm = float(torch.nn.utils.clip_grad_norm_(values, self.optimizer.max_grad_norm))
+        # In fp16 an overflow is part of the scaler's search, which skips the step, until the scale is down to one.
+        if not math.isfinite(norm) and self._loss_scale() <= 1:
+            self.adamw.zero_grad()
+            prompts = [prompt for micro_batch in range(self.accumulation) for prompt in self.batch(micro_batch)[0]]
+            raise TrainingStopped(f"step {self.step + 1}: the gradient is not finite; prompts: {sorted(set(prompts))}.")
+        for group in self.adamw.param_groups:
+            group["lr"] = self.learning_rate
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.adamw.zero_grad()
+        if self.ema is not None:
+            self.ema.step(values)
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the present step."""
+        return self.optimizer.learning_rate * float(self.schedule(self.step + 1))
+
+    def _summary(self, estimates: Sequence[Estimate]) -> Metrics:
+        scores = torch.cat(distributed.gather([torch.cat([e.scores for e in estimates]).float().cpu()]))
+        self.images_scored += len(scores)
+        names = estimates[0].components
+        parts = {name: torch.cat([e.components[name] for e in estimates]).float().cpu() for name in names}
+        rewards = {name: torch.cat(distributed.gather([values])).mean().item() for name, values in parts.items()}
+        return {
+            "step": self.step,
+            "reward": scores.mean().item(),
+            "reward_std": scores.std(correction=0).item(),
+            "rewards": rewards,
+            "lr": self.adamw.param_groups[0]["lr"],
+            "live_steps": sum(e.live_steps for e in estimates) / len(estimates),
+            "images_scored": self.images_scored,
+            "peak_memory_mb": peak_resident_bytes(scores.device) / 2**20,
+        }
+
+    def evaluated_weights(self) -> dict[str, Tensor]:
+        """What is evaluated and saved: the average if there is one, else the present weights."""
+        values = self.ema.shadow_params if self.ema is not None else list(self.parameters.values())
+        return dict(zip(self.parameters, values, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that resuming needs: numbers and tensors in nested dictionaries."""
+        return {
+            "step": self.step,
+            "images_scored": self.images_scored,
+            "adapter": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": self.adamw.state_dict()["state"],
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned."""
+        self.step, self.images_scored = state["step"], state["images_scored"]
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["adapter"][name])
+        self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state["optimizer"]})
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[Any]:
+    """Turn the first Ctrl-C into a question that the loop asks between two steps; the second one is immediate."""
+    received: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, remember)
+    except ValueError:  # not the main thread: nothing to catch there
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, before)

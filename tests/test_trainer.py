@@ -1,0 +1,295 @@
+"""The training loop: it learns, it resumes exactly, it stops on what is not finite."""
+
+import math
+import os
+import signal
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from alignprop import checkpointing
+from alignprop.adapters import Lora
+from alignprop.checkpointing import CheckpointError, Checkpoints, list_checkpoints, load_checkpoint, save_checkpoint
+from alignprop.estimators import AlignProp
+from alignprop.evaluation import Evaluation, diversity, evaluate
+from alignprop.rollout import Sampler
+from alignprop.runfolder import RunFolder
+from alignprop.tracking import MetricsFile
+from alignprop.trainer import Callback, Optimizer, Trainer, TrainingStopped
+from alignprop.truncation import Last, Uniform
+
+TRAIN = ("a cat", "a dog", "a fox", "an ox", "a hen")
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def trainer(*, dtype=torch.float32, reward=redness, dropout=0.1, callbacks=(), **changes):
+    settings = {
+        "call": {**tiny.CALL, "eta": 0.5},
+        "steps": 6,
+        "batch_size": 2,
+        "accumulation": 2,
+        "lora": Lora(dropout=dropout),
+        "optimizer": Optimizer(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9),
+        "estimator": AlignProp(Uniform()),
+    }
+    return Trainer(tiny.stable_diffusion(dtype), reward, TRAIN, callbacks=callbacks, **(settings | changes))
+
+
+def callbacks(path, **evaluation):
+    folder = RunFolder(path)
+    sets = {"unseen": ("a bee",), "train": TRAIN[:2]}
+    judges = {"brightness": lambda images, prompts: images.mean((1, 2, 3))}
+    return (
+        Evaluation(folder, sets, judges, every=2, images_per_prompt=2, **evaluation),
+        MetricsFile(folder),
+        Checkpoints(folder, every=2, keep=9),
+    )
+
+
+def weights(trained):
+    return {name: value.detach().clone() for name, value in trained.parameters.items()}
+
+
+def without_timings(lines):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_mb")} for line in lines]
+
+
+def test_the_reward_rises_on_prompts_that_were_not_trained(tmp_path):
+    run = trainer(steps=12, dropout=0.0, call=tiny.CALL, callbacks=callbacks(tmp_path))
+    run.train()
+    lines = RunFolder(tmp_path).evaluations.read()
+    before, after = lines[0]["sets"]["unseen"]["reward"]["mean"], lines[-1]["sets"]["unseen"]["reward"]["mean"]
+    assert after > before + 0.01
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 10, 12]
+    assert [line["images_scored"] for line in RunFolder(tmp_path).metrics.read()] == [4 * n for n in range(1, 13)]
+
+
+def test_one_step_is_adamw_on_the_clipped_mean_gradient():
+    """Against the same step written by hand: accumulation averages over all images, clipping comes before AdamW."""
+    run = trainer(dropout=0.0, estimator=AlignProp(Last(2)), optimizer=Optimizer(learning_rate=1e-2, max_grad_norm=1e-3))
+    by_hand = trainer(dropout=0.0, estimator=AlignProp(Last(2)))
+    values = list(by_hand.parameters.values())
+    adamw = torch.optim.AdamW(values, lr=1e-2, weight_decay=1e-4)
+    for micro_batch in (0, 1):
+        prompts, seeds = by_hand.batch(micro_batch)
+        pixels = by_hand.sampler.rollout(prompts, seeds, 2).pixels
+        (-redness(pixels, prompts).mean() / 2).backward()
+    norm = torch.stack([value.grad.norm() for value in values if value.grad is not None]).norm()
+    for value in values:
+        value.grad = (torch.zeros_like(value) if value.grad is None else value.grad) * min(1, 1e-3 / (norm + 1e-6))
+    adamw.step()
+    metrics = run.train_step()
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    for name, value in run.parameters.items():
+        assert torch.allclose(value, by_hand.parameters[name], atol=1e-6), name
+
+
+def test_warm_up_and_average_follow_their_formulas():
+    run = trainer(optimizer=Optimizer(learning_rate=1e-2, warmup_steps=4, ema_decay=0.9), steps=3)
+    average = weights(run)
+    for step in range(3):
+        assert run.train_step()["lr"] == pytest.approx(1e-2 * (step + 1) / 4)
+        decay = min(0.9, (1 + step) / (10 + step)) if step else 0.0  # diffusers' EMAModel starts gently
+        average = {n: decay * average[n] + (1 - decay) * v for n, v in weights(run).items()}
+    for name, value in run.evaluated_weights().items():
+        assert torch.allclose(value, average[name], atol=1e-6), name
+
+
+def test_prompts_and_seeds_come_once_each_per_epoch_and_never_repeat():
+    run, prompts, seeds = trainer(batch_size=1, accumulation=1), [], []
+    for run.step in range(10):
+        batch = run.batch(0)
+        prompts += batch[0]
+        seeds += batch[1]
+    assert sorted(prompts[:5]) == sorted(prompts[5:]) == sorted(TRAIN)
+    assert prompts[:5] != prompts[5:]
+    assert len(set(seeds)) == 10
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, stop):
+    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    straight = trainer(callbacks=callbacks(whole.path))
+    straight.train()
+    first = trainer(callbacks=callbacks(parts.path))
+    first.steps = stop + 1  # as if killed one step after the checkpoint
+    first.train()
+    second = trainer(callbacks=callbacks(parts.path))
+    load_checkpoint(second, parts.checkpoints / f"step-{stop:06d}")
+    second.train()
+    for name, value in straight.parameters.items():
+        assert torch.equal(value, second.parameters[name]), name
+        assert torch.equal(straight.evaluated_weights()[name], second.evaluated_weights()[name])
+    assert without_timings(whole.metrics.read()) == without_timings(parts.metrics.read())
+    final = [line["step"] for line in whole.evaluations.read()]
+    assert without_timings(whole.evaluations.read()) == without_timings(
+        line for line in parts.evaluations.read() if line["step"] in final
+    )
+    for picture in sorted((whole.path / "samples").rglob("*.png")):
+        assert picture.read_bytes() == (parts.path / picture.relative_to(whole.path)).read_bytes()
+    kept = "adapter/pytorch_lora_weights.safetensors"
+    for name, value in load_file(whole.path / kept).items():
+        assert torch.equal(value, load_file(parts.path / kept)[name])
+
+
+def test_a_resumed_run_needs_every_part_of_the_state():
+    """The comparison above can fail: a resume without the optimizer's moments goes elsewhere."""
+    run = trainer()
+    run.train_step()
+    state = run.state()
+    again = trainer()
+    again.load_state({**state, "optimizer": {}})
+    run.train_step(), again.train_step()
+    assert any(not torch.equal(value, again.parameters[name]) for name, value in run.parameters.items())
+
+
+def test_checkpoints_appear_whole_and_old_ones_go(tmp_path, monkeypatch):
+    run = trainer(steps=6, callbacks=[Checkpoints(RunFolder(tmp_path), every=1, keep=2)])
+    run.train()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-000005", "step-000006"]
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpointing, "save_file", full)
+    run.step = 7
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(run, tmp_path / "checkpoints")
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-000005", "step-000006"]
+
+
+def damage_nothing(path):
+    (path / "state.json").unlink()
+
+
+def damage_json(path):
+    (path / "state.json").write_text('{"format": "alignprop-ch')
+
+
+def damage_format(path):
+    (path / "state.json").write_text('{"format": "another"}')
+
+
+def damage_tensors(path):
+    file = path / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [damage_nothing, damage_json, damage_format, damage_tensors])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    run = trainer()
+    path = save_checkpoint(run, tmp_path)
+    damage(path)
+    before = weights(run)
+    with pytest.raises(CheckpointError, match="step-000000"):
+        load_checkpoint(run, path)
+    assert all(torch.equal(value, before[name]) for name, value in run.parameters.items())
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
+    path = save_checkpoint(trainer(), tmp_path)
+    with pytest.raises(CheckpointError, match="of another adapter"):
+        load_checkpoint(trainer(lora=Lora(rank=2)), path)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_stops_the_run_and_says_where(tmp_path, bad):
+    calls = []
+
+    def fragile(images, prompts):
+        calls.append(None)
+        scores = redness(images, prompts)
+        return scores + torch.tensor([0.0, bad]) if len(calls) > 5 else scores
+
+    run = trainer(reward=fragile, callbacks=[Checkpoints(RunFolder(tmp_path), every=1)])
+    prompts = []
+    with pytest.raises(TrainingStopped, match="step 3: reward 'fragile' is not finite") as stopped:
+        run.train()
+    run.step = 2
+    prompts = run.batch(1)[0]
+    assert repr(prompts[1]) in str(stopped.value)
+    load_checkpoint(trainer(), tmp_path / "checkpoints" / "step-000002")
+    assert all(value.isfinite().all() for value in run.parameters.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    def steep(images, prompts):
+        return redness(images, prompts) + 0 * (images.detach() - images).sum((1, 2, 3)).abs().sqrt()
+
+    run = trainer(reward=steep)
+    before = weights(run)
+    with pytest.raises(TrainingStopped, match=r"step 1: the gradient is not finite; prompts: \['a"):
+        run.train()
+    assert all(torch.equal(value, before[name]) for name, value in run.parameters.items())
+
+
+def test_ctrl_c_ends_the_run_between_two_steps(tmp_path):
+    class Impatient(Callback):
+        def step(self, trainer, metrics):
+            if trainer.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    run = trainer(callbacks=[Impatient(), Checkpoints(RunFolder(tmp_path), every=100)])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run.step == 3
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-000003"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_best_adapter_on_unseen_prompts_is_kept(tmp_path):
+    """With a rate that is far too high the last adapter is not the best one."""
+    run = trainer(
+        callbacks=callbacks(tmp_path), call=tiny.CALL, dropout=0.0, optimizer=Optimizer(learning_rate=0.1), steps=8
+    )
+    run.train()
+    lines = RunFolder(tmp_path).evaluations.read()
+    scores = [line["sets"]["unseen"]["reward"]["mean"] for line in lines]
+    kept = max(i for i, line in enumerate(lines) if line["kept"])
+    assert scores[kept] == max(scores)
+    assert [line["kept"] for line in lines] == [s > max(scores[:i], default=-9) for i, s in enumerate(scores)]
+    plain = tiny.stable_diffusion()
+    if kept:
+        plain.load_lora_weights(tmp_path / "adapter")
+    pictures = evaluate(Sampler(plain, tiny.CALL), ("a bee",), {"r": redness}, images_per_prompt=2, seed=1234)
+    assert pictures.scores["r"].mean().item() == pytest.approx(scores[kept], abs=1e-6)
+
+
+def test_evaluation_statistics_are_what_they_say():
+    result = evaluate(Sampler(tiny.stable_diffusion(), tiny.CALL), TRAIN, {"r": redness}, images_per_prompt=3, batch_size=4)
+    scores = result.scores["r"].double()
+    again = torch.stack([redness(images, TRAIN) for images in result.images]).double()
+    assert torch.allclose(scores, again)
+    summary = result.summary({"r": 2.0})
+    assert summary["reward"]["mean"] == pytest.approx(2 * scores.mean().item())
+    assert summary["rewards"]["r"]["std"] == pytest.approx(scores.std(correction=0).item())
+    assert summary["rewards"]["r"]["sem"] == pytest.approx(scores.mean(1).std().item() / 5**0.5)
+    assert (summary["num_prompts"], summary["num_images"]) == (5, 15)
+    a, b, c = result.images[0].double().flatten(1)
+    distances = [((x - y) ** 2).mean().sqrt().item() for x, y in ((a, b), (a, c), (b, c))]
+    assert diversity(result.images[:1]) == pytest.approx(sum(distances) / 3)
+    assert diversity(torch.ones(2, 3, 3, 4, 4)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_float32(dtype):
+    """The LoRA stays in float32, and its gradient points where the float32 one does."""
+
+    def first_gradient(dtype):
+        run = trainer(dtype=dtype, dropout=0.0, call=tiny.CALL)
+        run.pipeline.vae.to(torch.float32)
+        with torch.no_grad():
+            for name, value in run.parameters.items():
+                value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+        run._estimate(0)
+        assert all(value.dtype == torch.float32 for value in run.parameters.values())
+        return torch.cat([value.grad.flatten() for value in run.parameters.values()]) / run._loss_scale()
+
+    half, single = first_gradient(dtype), first_gradient(torch.float32)
+    assert torch.cosine_similarity(half, single, 0) > 0.99
+    assert half.norm() == pytest.approx(single.norm().item(), rel=0.1)

@@ -8,12 +8,12 @@ import sys
 import time
 
 import pytest
-import tiny
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import tiny
 from alignprop import emoji
 from alignprop.cli import app
 from alignprop.config import recipes
@@ -96,7 +96,12 @@ def test_train_writes_a_run_and_says_what_came_out(recipe, tmp_path):
     assert result.output.count("✓") == 5
     first, *_, last = (line["sets"]["unseen"]["rewards"]["redness"]["mean"] for line in folder.evaluations.read())
     assert f"redness {last:.3g} ({last - first:+.2g})" in result.output
-    for told in ("1 × redness; watched: brightness", "step 0 on unseen", "runs/a/report.html", "load_lora_weights('runs/a/adapter')"):
+    for told in (
+        "1 × redness; watched: brightness",
+        "step 0 on unseen",
+        "runs/a/report.html",
+        "load_lora_weights('runs/a/adapter')",
+    ):
         assert told in result.output
 
 
@@ -196,7 +201,9 @@ def test_a_mistake_is_one_message_without_a_traceback(arguments, code, told, tmp
 def test_settings_that_do_not_fit_the_pipeline_are_refused(recipe):
     result = run("train", recipe, "--output", "a", "--set", "sampling.extra={clip_skp: 1, strength: 2}")
     assert result.exit_code == 2
-    assert "sampling.extra.clip_skp is no argument of StableDiffusionPipeline; did you mean 'clip_skip'?" in result.stderr
+    assert (
+        "sampling.extra.clip_skp is no argument of StableDiffusionPipeline; did you mean 'clip_skip'?" in result.stderr
+    )
     result = run("train", recipe, "--output", "a", "--set", "model.scheduler=FlowMatchEulerDiscreteScheduler")
     assert "does not go with a model made for DDIMScheduler" in result.stderr
 
@@ -236,7 +243,11 @@ def test_automatic_checkpointing_keeps_to_the_memory_given(recipe, tmp_path):
     from alignprop.memory import MemoryPlan
 
     def plan(memory_gb):
-        overrides = ["estimator.checkpointing=auto", f"estimator.memory_gb={memory_gb}", "estimator.truncation={kind: all}"]
+        overrides = [
+            "estimator.checkpointing=auto",
+            f"estimator.memory_gb={memory_gb}",
+            "estimator.truncation={kind: all}",
+        ]
         trainer = build(load_config(recipe, overrides), tmp_path / "a")
         assert all(parameter.grad is None for parameter in trainer.parameters.values())
         return trainer.estimator.checkpointing
@@ -253,12 +264,17 @@ def test_sample_draws_the_pipelines_pictures_at_the_seeds_asked_for(model, recip
     assert run("sample", "-p", "a fox", "--seed", 7, "--adapter", "a", "--out", "tuned.png").exit_code == 0
     assert run("sample", "-p", "a fox", "--seed", 7, "--adapter", "a/adapter", "--out", "again.png").exit_code == 0
     assert (tmp_path / "tuned.png").read_bytes() == (tmp_path / "again.png").read_bytes()
-    result = run("sample", "-p", "a fox", "-p", "an ox", "-n", 2, "--seed", 7, "--adapter", "a", "--compare", "--out", "all.png")
+    result = run(
+        "sample", "-p", "a fox", "-p", "an ox", "-n", 2, "--seed", 7, "--adapter", "a", "--compare", "--out", "all.png"
+    )
     assert result.exit_code == 0, result.output
     grid, tuned = Image.open("all.png").convert("RGB"), Image.open("tuned.png").convert("RGB")
     # The first row of the second column is the adapter's picture of the first prompt, enlarged 8 times.
     column = 6 + 128 + 6
-    assert grid.crop((column, 24, column + 128, 152)).resize((16, 16), Image.Resampling.NEAREST).tobytes() == tuned.tobytes()
+    assert (
+        grid.crop((column, 24, column + 128, 152)).resize((16, 16), Image.Resampling.NEAREST).tobytes()
+        == tuned.tobytes()
+    )
 
 
 def test_evaluate_measures_what_the_run_measured(recipe, tmp_path):

@@ -60,11 +60,12 @@ def without_timings(lines):
 
 
 def test_the_reward_rises_on_prompts_that_were_not_trained(tmp_path):
-    run = trainer(steps=12, dropout=0.0, call=tiny.CALL, callbacks=callbacks(tmp_path))
+    fast = Optimizer(learning_rate=3e-2)
+    run = trainer(steps=12, dropout=0.0, call=tiny.CALL, optimizer=fast, callbacks=callbacks(tmp_path))
     run.train()
     lines = RunFolder(tmp_path).evaluations.read()
-    before, after = lines[0]["sets"]["unseen"]["reward"]["mean"], lines[-1]["sets"]["unseen"]["reward"]["mean"]
-    assert after > before + 0.01
+    before, after = lines[0]["sets"]["unseen"]["reward"], lines[-1]["sets"]["unseen"]["reward"]
+    assert after["mean"] > before["mean"] + 5 * before["std"]
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 10, 12]
     assert [line["images_scored"] for line in RunFolder(tmp_path).metrics.read()] == [4 * n for n in range(1, 13)]
 

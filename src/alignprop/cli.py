@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from rich.markup import escape
 from rich.syntax import Syntax
-from rich.table import Table
+from rich.table import Column, Table
 
+from alignprop.drawing import DEFAULT_RECIPE, base_sampler, measures, pictures, settings_of, write_pictures
 from alignprop.terminal import (
     FAILED,
     INTERRUPTED,
@@ -29,20 +29,9 @@ from alignprop.terminal import (
 )
 
 if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
-
     from alignprop.config import Config
     from alignprop.progress import ProgressBar
-    from alignprop.rewards import Reward
-    from alignprop.rollout import Sampler
     from alignprop.trainer import Trainer
-
-DEFAULT_RECIPE = "emoji"
-BATCH_SIZE = 16
-"""Pictures drawn at a time."""
-NUM_TRAIN_PROMPTS = 8
-"""Training prompts that are measured where a run has no evaluation."""
 
 app = typer.Typer(
     name="alignprop",
@@ -57,9 +46,7 @@ app = typer.Typer(
 Settings: TypeAlias = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; the value is YAML.")
 ]
-RecipeName: TypeAlias = Annotated[
-    str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name or a YAML file.")
-]
+RecipeName: TypeAlias = Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")]
 ModelName: TypeAlias = Annotated[
     str | None, typer.Option("--model", help="emoji, a folder, a .safetensors file or a model on the hub.")
 ]
@@ -176,24 +163,24 @@ def sample(
         if compare and adapter is None:
             raise typer.BadParameter("--compare needs --adapter, to compare the model with.")
         with loading():
-            sampler, folder = _sampler(model, adapter, steps, guidance)
+            sampler, folder = base_sampler(model, adapter, steps, guidance)
         with status("Drawing"):
-            base = [(text, _pictures(sampler, text, num, seed)) for text in prompt] if compare or not folder else []
+            base = [(text, pictures(sampler, text, num, seed)) for text in prompt] if compare or not folder else []
             adapted = []
             if folder is not None:
                 sampler.pipeline.load_lora_weights(folder)
                 mark = " (adapter)" if compare else ""
-                adapted = [(text + mark, _pictures(sampler, text, num, seed)) for text in prompt]
+                adapted = [(text + mark, pictures(sampler, text, num, seed)) for text in prompt]
             pairs = (
                 [column for pair in zip(base, adapted, strict=True) for column in pair] if compare else base + adapted
             )
-            _write_pictures(pairs, out)
+            write_pictures(pairs, out)
         tell(f"Wrote {escape(str(out))}")
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run's folder.")] = None,
     model: ModelName = None,
     adapter: AdapterFolder = None,
     prompts: Annotated[str | None, typer.Option(help="A list's name, a file, or module:function.")] = None,
@@ -214,8 +201,8 @@ def evaluate(
 
         adapter = adapter or run
         with loading():
-            sampler, folder = _sampler(model, adapter, steps, guidance)
-            rewards, sets = _measures(_settings_of(adapter), reward, prompts, sampler.pipeline.device)
+            sampler, folder = base_sampler(model, adapter, steps, guidance)
+            rewards, sets = measures(settings_of(adapter), reward, prompts, sampler.pipeline.device)
         results: dict[str, Any] = {}
         for label in ("base", "adapter") if folder else ("base",):
             if label == "adapter":
@@ -223,7 +210,9 @@ def evaluate(
             for name, chosen in sets.items():
                 with status(f"Measuring: {label}, {name} prompts"):
                     result = measure(sampler, chosen, rewards, images_per_prompt=images_per_prompt)
-                results.setdefault(name, {})[label] = result.summary({})
+                summary = result.summary(dict.fromkeys(rewards, 1.0))
+                del summary["reward"]  # a sum of rewards, which nobody asked for
+                results.setdefault(name, {})[label] = summary
         if as_json:
             typer.echo(json.dumps(results, indent=2))
         else:
@@ -247,7 +236,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
             text = recipe_path(name).read_text(encoding="utf-8")
             console().print(Syntax(text, "yaml")) if is_terminal() else typer.echo(text, nl=False)
             return
-        table = Table("recipe", "what it does", box=None)
+        table = Table(Column("recipe", no_wrap=True), "what it does", box=None)
         for recipe, row in known().items():
             table.add_row(f"[bold]{recipe}[/]", row.description)
         console().print(table)
@@ -261,7 +250,7 @@ def rewards() -> None:
     """
     from alignprop.rewards import REWARDS
 
-    table = Table("reward", "what it measures", "range", "gradient", box=None)
+    table = Table(Column("reward", no_wrap=True), "what it measures", "range", "gradient", box=None)
     for name, card in REWARDS.items():
         table.add_row(f"[bold]{name}[/]", card.summary, card.value_range, "yes" if card.differentiable else "no")
     console().print(table)
@@ -352,93 +341,6 @@ def _write_report(folder: Path) -> None:
         write_report(folder)
     except ImportError as error:  # the pages are an extra
         tell(f"[yellow]No report.html: {escape(str(error))}[/]")
-
-
-def _settings_of(adapter: Path | None) -> Config | None:
-    """The settings of the run that an adapter came from, if it is still in its folder."""
-    from alignprop.config import read_config
-
-    for folder in (adapter, adapter.parent) if adapter is not None else ():
-        if (folder / "config.yaml").is_file():
-            return read_config(folder / "config.yaml")
-    return None
-
-
-def _adapter_folder(adapter: Path | None) -> Path | None:
-    """The folder with the adapter's file.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if adapter is None:
-        return None
-    from alignprop.adapters import ADAPTER_FILE
-
-    for folder in (adapter, adapter / "adapter"):
-        if (folder / ADAPTER_FILE).is_file():
-            return folder
-    raise ValueError(f"adapter={str(adapter)!r} holds no {ADAPTER_FILE}: give an adapter's folder or a run's.")
-
-
-def _sampler(
-    model: str | None, adapter: Path | None, steps: int | None, guidance: float | None
-) -> tuple[Sampler, Path | None]:
-    """The base model with the settings that go with it, and the folder of the adapter that is asked for."""
-    from alignprop.config import Config, Model, check_call, load_pipeline, read_config, recipe_path
-    from alignprop.rollout import Sampler
-
-    folder = _adapter_folder(adapter)
-    config = _settings_of(adapter)
-    if config is None:
-        config = Config() if model not in (None, "emoji") else read_config(recipe_path(DEFAULT_RECIPE))
-    changes = {"num_inference_steps": steps, "guidance_scale": guidance}
-    sampling = config.sampling.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    pipeline = load_pipeline(config.model if model in (None, config.model.name) else Model(name=model))
-    check_call(pipeline, sampling)
-    return Sampler(pipeline, sampling.call()), folder
-
-
-def _pictures(sampler: Sampler, prompt: str, num: int, seed: int) -> list[Image]:
-    from alignprop.pixels import to_pil
-
-    pictures: list[Image] = []
-    for first in range(0, num, BATCH_SIZE):
-        seeds = range(seed + first, seed + min(first + BATCH_SIZE, num))
-        pictures += to_pil(sampler.sample([prompt] * len(seeds), seeds))
-    return pictures
-
-
-def _write_pictures(columns: Sequence[tuple[str, list[Image]]], out: Path) -> None:
-    from alignprop.pictures import save_grid
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if len(columns) == len(columns[0][1]) == 1:
-        columns[0][1][0].save(out)
-    else:
-        save_grid([pictures for _, pictures in columns], [caption for caption, _ in columns], out)
-
-
-def _measures(
-    config: Config | None, names: Sequence[str], source: str | None, device: torch.device
-) -> tuple[dict[str, Reward], dict[str, tuple[str, ...]]]:
-    """What to measure on which prompts: as asked for, else as in the run."""
-    from alignprop.config import JudgeTerm, evaluation_sets, load_terms
-    from alignprop.prompts import load_prompts
-
-    terms: Mapping[str, JudgeTerm] = {name: JudgeTerm() for name in names}
-    if config is not None and not names:
-        terms = {**config.judges, **config.rewards}
-    if not terms:
-        raise ValueError("--reward is missing: give one or more; `alignprop rewards` lists them.")
-    if source is not None:
-        prompts = load_prompts(source)
-        return load_terms(terms, device), evaluation_sets(prompts, len(prompts.train))
-    if config is None or config.prompts.train is None:
-        raise ValueError("--prompts is missing: give the name of a list, a file, or module:function.")
-    num_train = config.evaluation.num_train_prompts if config.evaluation else NUM_TRAIN_PROMPTS
-    return load_terms(terms, device), evaluation_sets(
-        load_prompts(config.prompts.train, config.prompts.unseen), num_train
-    )
 
 
 if __name__ == "__main__":

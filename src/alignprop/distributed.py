@@ -1,5 +1,6 @@
 """Several processes: one all-reduce of the gradients, seeds that know the rank, and gathering."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 def process() -> PartialState:
     """This process among the others (``process_index``, ``num_processes``, ``device``, ``is_main_process``)."""
-    return PartialState()
+    # Processes without an accelerator are each on their own, silently, unless accelerate is told that this is meant.
+    return PartialState(cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available())
 
 
 def derive_seed(*parts: int) -> int:

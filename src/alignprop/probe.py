@@ -117,16 +117,16 @@ def _live_gradient(sampler: Sampler, adapter: Adapter, prompts: Sequence[str], s
         for denoiser in adapter.spec.denoisers_of(sampler.pipeline):
             stack.enter_context(swapped(denoiser, "forward", _spied(denoiser, calls)))
         rollout = sampler.rollout(prompts, seeds, **_steps(sampler))
-    gradients = torch.autograd.grad(
-        _contrast(rollout), [*calls, *adapter.parameters.values()], allow_unused=True, retain_graph=False
-    )
-    dead = [i for i, gradient in enumerate(gradients[: len(calls)]) if _is_zero(gradient)]
+    attached = [output for output in calls if output.requires_grad]
+    gradients = _gradients(rollout, [*attached, *adapter.parameters.values()])
+    passing = {id(output) for output, gradient in zip(attached, gradients, strict=False) if not _is_zero(gradient)}
+    dead = [i for i, output in enumerate(calls) if id(output) not in passing]
     if dead or len(calls) != rollout.calls:
         raise ValueError(
             f"of {rollout.calls} denoiser calls in {rollout.num_steps} steps, calls {dead} pass no gradient on: "
             "look for a detach, a no_grad or an output that the pipeline does not use."
         )
-    used = sum(not _is_zero(gradient) for gradient in gradients[len(calls) :])
+    used = sum(not _is_zero(gradient) for gradient in gradients[len(attached) :])
     if not used:
         raise ValueError("no gradient reaches the adapter: its modules are not called by the denoiser.")
     return f"all {rollout.calls} denoiser calls carry gradient, to {used} of {len(adapter.parameters)} adapter tensors"
@@ -166,8 +166,8 @@ def _checkpointing(
     def gradient(mode: Checkpointing) -> Tensor:
         rollout = sampler.rollout(prompts, seeds, checkpointing=mode, **_steps(sampler))
         values = list(adapter.parameters.values())
-        parts = torch.autograd.grad(_contrast(rollout), values, allow_unused=True)
-        return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten().cpu() for g, p in zip(parts, values, strict=True)])
+        parts = zip(_gradients(rollout, values), values, strict=True)
+        return torch.cat([(torch.zeros_like(value) if part is None else part).flatten() for part, value in parts])
 
     reference = gradient("none")
     for mode in modes:
@@ -180,10 +180,13 @@ def _checkpointing(
     return f"{', '.join(modes)} give the same gradient"
 
 
-def _contrast(rollout: Rollout) -> Tensor:
-    """A scalar that depends on every pixel, unevenly: a plain mean can be blind to a normalising layer."""
+def _gradients(rollout: Rollout, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of a scalar that depends on every pixel, unevenly: a mean can be blind to a normalising layer."""
+    if not rollout.pixels.requires_grad:
+        return [None] * len(inputs)
     weights = torch.linspace(-1, 1, rollout.pixels[0].numel(), device=rollout.pixels.device)
-    return (rollout.pixels.flatten(1).float() * weights).sum()
+    contrast = (rollout.pixels.flatten(1).float() * weights).sum()
+    return torch.autograd.grad(contrast, inputs, allow_unused=True)
 
 
 def _steps(sampler: Sampler) -> dict[str, int]:

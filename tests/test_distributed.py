@@ -1,0 +1,48 @@
+"""Two processes: the same gradient as one process on the union batch, and the same adapter on both."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_worker as worker
+import pytest
+import test_trainer
+import torch
+
+TOLERANCE = {"fp32": 1e-6, "fp64": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(Path(__file__).parent / "distributed_worker.py"), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("dtype", worker.DTYPES)
+@pytest.mark.parametrize("truncation", worker.TRUNCATIONS)
+def test_the_gradient_is_that_of_one_process_on_the_union_batch(two_processes, dtype, truncation):
+    alone = worker.gradient(worker.make(dtype, truncation, 2))
+    first, second = (torch.load(two_processes / f"{dtype}-{truncation}-{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first, second)
+    assert ((first - alone).norm() / alone.norm()).item() < TOLERANCE[dtype]
+    half = worker.gradient(worker.make(dtype, truncation, 1))
+    assert ((half - alone).norm() / alone.norm()).item() > 1e-3  # one rank's share alone is another gradient
+
+
+def test_ranks_hold_the_same_adapter_and_resume_to_it(two_processes):
+    weights = [torch.load(two_processes / f"{name}-{rank}.pt") for name in ("weights", "resumed") for rank in (0, 1)]
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+    fresh = test_trainer.weights(worker.make("fp32", "uniform", 1))
+    assert any(not torch.equal(value, weights[0][name]) for name, value in fresh.items())

@@ -1,0 +1,89 @@
+"""The probe: it passes what works, and names each thing that would fail silently."""
+
+import pytest
+import tiny
+import torch
+
+from alignprop.adapters import Adapter, Lora
+from alignprop.probe import ProbeError, probe, require
+from alignprop.rewards import WeightedSum, as_weighted_sum
+from alignprop.rollout import Sampler
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def failures(pipeline, reward=redness):
+    findings = probe(Sampler(pipeline, tiny.CALL), Adapter(pipeline, Lora()), as_weighted_sum(reward), tiny.PROMPTS)
+    return {finding.name: finding.detail for finding in findings if not finding.passed}
+
+
+@pytest.mark.parametrize("make", [tiny.stable_diffusion, tiny.stable_diffusion_3])
+def test_what_works_passes_and_leaves_the_adapter_as_it_was(make):
+    pipeline = make()
+    adapter = Adapter(pipeline, Lora())
+    before = {name: value.detach().clone() for name, value in adapter.parameters.items()}
+    findings = probe(Sampler(pipeline, tiny.CALL), adapter, as_weighted_sum(redness), tiny.PROMPTS)
+    assert [finding.name for finding in findings if not finding.passed] == []
+    assert len(findings) == 5
+    assert all(torch.equal(value, before[name]) for name, value in adapter.parameters.items())
+    require(findings)
+
+
+def wrapped_forward(pipeline, wrap):
+    forward = pipeline.unet.forward
+    pipeline.unet.forward = lambda *args, **kwargs: wrap(forward, *args, **kwargs)
+
+
+def test_a_denoiser_without_gradient_is_found(sd):
+    wrapped_forward(sd, torch.no_grad()(lambda forward, *args, **kwargs: forward(*args, **kwargs)))
+    assert "pass no gradient on" in failures(sd)["live gradient"]
+
+
+def test_a_denoiser_whose_first_call_is_cut_off_is_found(sd):
+    calls = []
+
+    def first_detached(forward, *args, **kwargs):
+        calls.append(None)
+        output = forward(*args, **kwargs)
+        return tuple(part.detach() for part in output) if len(calls) % 2 else output
+
+    wrapped_forward(sd, first_detached)
+    assert "calls [0]" in failures(sd)["live gradient"]
+
+
+def test_state_between_calls_is_found(sd):
+    calls = []
+
+    def drifting(forward, *args, **kwargs):
+        calls.append(None)
+        return tuple(part * (1 + 0.01 * len(calls)) for part in forward(*args, **kwargs))
+
+    wrapped_forward(sd, drifting)
+    found = failures(sd)
+    assert "differs from the plain pipeline's" in found["same picture"]
+    assert "changes the gradient" in found["checkpointing"]
+
+
+def test_a_scheduler_that_clips_is_found(sd):
+    sd.scheduler = tiny.scheduler(clip_sample=True)
+    assert "clip_sample=True, which zeroes the gradient" in failures(sd)["scheduler"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "sentence"),
+    [
+        (lambda images, prompts: images.mean(), r"returned shape \(\)"),
+        (lambda images, prompts: images.mean((1, 2, 3)) * torch.nan, "is not finite"),
+        (lambda images, prompts: images.detach().mean((1, 2, 3)), "gives no gradient to the pixels"),
+        (lambda images, prompts: images.round().mean((1, 2, 3)), "gradient with respect to the pixels that is zero"),
+        (lambda images, prompts: [0.0] * len(prompts), r"returned \[0.0, 0.0\]; return a tensor"),
+    ],
+)
+def test_a_reward_that_cannot_be_used_is_found(sd, reward, sentence):
+    adapter = Adapter(sd, Lora())
+    bad = WeightedSum({"mine": reward}, {"mine": 1.0})
+    findings = probe(Sampler(sd, tiny.CALL), adapter, bad, tiny.PROMPTS, modes=["step"])
+    with pytest.raises(ProbeError, match=f"reward: reward 'mine' .*{sentence}"):
+        require(findings)

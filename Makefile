@@ -19,7 +19,7 @@ demo: install
 	@echo "Open $(CURDIR)/$(DEMO)/report.html in a browser."
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check

@@ -6,8 +6,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and t
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 
 @pytest.fixture(autouse=True)

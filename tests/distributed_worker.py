@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-import test_trainer
-import tiny
 import torch
 
+import test_trainer
+import tiny
 from alignprop import distributed
 from alignprop.checkpointing import Checkpoints, load_checkpoint
 from alignprop.estimators import AlignProp

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
 
+import tiny
 from alignprop.adapters import ADAPTER_FILE, Adapter, Lora
 from alignprop.rollout import Sampler
 

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed_worker as worker
 import pytest
-import test_trainer
 import torch
+
+import distributed_worker as worker
+import test_trainer
 
 TOLERANCE = {"fp32": 1e-6, "fp64": 1e-12}
 

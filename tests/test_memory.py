@@ -1,8 +1,8 @@
 """Activation memory: what is counted, and which checkpointing mode is taken."""
 
-import tiny
 import torch
 
+import tiny
 from alignprop.adapters import Adapter, Lora
 from alignprop.memory import FASTEST_FIRST, LiveBytes, MemoryPlan, peak_bytes, plan_memory
 from alignprop.rollout import Sampler

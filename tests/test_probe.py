@@ -1,9 +1,9 @@
 """The probe: it passes what works, and names each thing that would fail silently."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from alignprop.adapters import Adapter, Lora
 from alignprop.probe import ProbeError, probe, require
 from alignprop.rewards import WeightedSum, as_weighted_sum

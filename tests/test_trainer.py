@@ -5,10 +5,10 @@ import os
 import signal
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from alignprop import checkpointing
 from alignprop.adapters import Lora
 from alignprop.checkpointing import CheckpointError, Checkpoints, list_checkpoints, load_checkpoint, save_checkpoint
@@ -72,7 +72,9 @@ def test_the_reward_rises_on_prompts_that_were_not_trained(tmp_path):
 
 def test_one_step_is_adamw_on_the_clipped_mean_gradient():
     """Against the same step written by hand: accumulation averages over all images, clipping comes before AdamW."""
-    run = trainer(dropout=0.0, estimator=AlignProp(Last(2)), optimizer=Optimizer(learning_rate=1e-2, max_grad_norm=1e-3))
+    run = trainer(
+        dropout=0.0, estimator=AlignProp(Last(2)), optimizer=Optimizer(learning_rate=1e-2, max_grad_norm=1e-3)
+    )
     by_hand = trainer(dropout=0.0, estimator=AlignProp(Last(2)))
     values = list(by_hand.parameters.values())
     adamw = torch.optim.AdamW(values, lr=1e-2, weight_decay=1e-4)
@@ -262,7 +264,9 @@ def test_the_best_adapter_on_unseen_prompts_is_kept(tmp_path):
 
 
 def test_evaluation_statistics_are_what_they_say():
-    result = evaluate(Sampler(tiny.stable_diffusion(), tiny.CALL), TRAIN, {"r": redness}, images_per_prompt=3, batch_size=4)
+    result = evaluate(
+        Sampler(tiny.stable_diffusion(), tiny.CALL), TRAIN, {"r": redness}, images_per_prompt=3, batch_size=4
+    )
     scores = result.scores["r"].double()
     again = torch.stack([redness(images, TRAIN) for images in result.images]).double()
     assert torch.allclose(scores, again)

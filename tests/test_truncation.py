@@ -3,11 +3,11 @@
 from collections import Counter
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from alignprop.estimators import AlignProp
 from alignprop.rewards import as_weighted_sum
 from alignprop.rollout import Sampler

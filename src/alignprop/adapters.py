@@ -52,7 +52,12 @@ class Adapter:
     """
 
     def __init__(
-        self, pipeline: Any, lora: Lora = Lora(), *, spec: PipelineSpec | None = None, seed: int = 0  # noqa: B008
+        self,
+        pipeline: Any,
+        lora: Lora = Lora(),
+        *,
+        spec: PipelineSpec | None = None,
+        seed: int = 0,
     ) -> None:
         """Freeze the pipeline and add the adapter to its denoisers.
 
@@ -169,9 +174,10 @@ class Adapter:
         layers: dict[str, Any] = {}
         for part, denoiser in zip(self.spec.denoisers, self.spec.denoisers_of(self.pipeline), strict=True):
             state = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)
+            config: Any = denoiser.peft_config
             layers[f"{part}_lora_layers"] = {name: value.contiguous() for name, value in state.items()}
             # Without its configuration the reader takes alpha = rank.
-            layers[f"{part}_lora_adapter_metadata"] = denoiser.peft_config[ADAPTER_NAME].to_dict()
+            layers[f"{part}_lora_adapter_metadata"] = config[ADAPTER_NAME].to_dict()
         self.pipeline.save_lora_weights(folder, **layers)
         file = Path(folder) / ADAPTER_FILE
         _add_header(file, {"alignprop": json.dumps(dict(metadata or {}), sort_keys=True)})

@@ -10,7 +10,9 @@ _CAPTION = 18
 _SMALLEST = 128
 
 
-def captioned_grid(columns: Sequence[Sequence[Image.Image]], captions: Sequence[str], *, per_row: int = 8) -> Image.Image:
+def captioned_grid(
+    columns: Sequence[Sequence[Image.Image]], captions: Sequence[str], *, per_row: int = 8
+) -> Image.Image:
     """Draw one column of pictures for each caption, wrapped into bands of ``per_row`` columns.
 
     Small pictures are enlarged by a whole factor, without smoothing, so that their pixels can be judged.

@@ -1,6 +1,6 @@
 """Prove, before step 1, that the pipeline and the reward can be trained with: the failures to fear are silent."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +98,8 @@ def _scheduler(pipeline: Any) -> str:
 
 
 def _same_picture(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> str:
-    plain = sampler.sample(prompts, seeds, **_steps(sampler))
-    pixels = sampler.rollout(prompts, seeds, **_steps(sampler)).pixels.detach().float()
+    plain = sampler.sample(prompts, seeds, num_inference_steps=NUM_STEPS)
+    pixels = sampler.rollout(prompts, seeds, num_inference_steps=NUM_STEPS).pixels.detach().float()
     if pixels.shape != plain.shape:
         raise ValueError(f"the rollout gives {tuple(pixels.shape)}, the plain pipeline {tuple(plain.shape)}.")
     error = (pixels - plain).abs().max().item()
@@ -116,7 +116,7 @@ def _live_gradient(sampler: Sampler, adapter: Adapter, prompts: Sequence[str], s
     with ExitStack() as stack:
         for denoiser in adapter.spec.denoisers_of(sampler.pipeline):
             stack.enter_context(swapped(denoiser, "forward", _spied(denoiser, calls)))
-        rollout = sampler.rollout(prompts, seeds, **_steps(sampler))
+        rollout = sampler.rollout(prompts, seeds, num_inference_steps=NUM_STEPS)
     attached = [output for output in calls if output.requires_grad]
     gradients = _gradients(rollout, [*attached, *adapter.parameters.values()])
     passing = {id(output) for output, gradient in zip(attached, gradients, strict=False) if not _is_zero(gradient)}
@@ -145,7 +145,7 @@ def _spied(denoiser: nn.Module, calls: list[Tensor]) -> Callable[..., Any]:
 
 
 def _reward(sampler: Sampler, reward: WeightedSum, prompts: Sequence[str], seeds: Sequence[int]) -> str:
-    images = sampler.sample(prompts, seeds, **_steps(sampler)).requires_grad_()
+    images = sampler.sample(prompts, seeds, num_inference_steps=NUM_STEPS).requires_grad_()
     told = []
     for name, scores in reward.components(images, prompts).items():
         check_scores(scores, images, name, prompts)
@@ -164,7 +164,7 @@ def _checkpointing(
     modes: Sequence[Checkpointing],
 ) -> str:
     def gradient(mode: Checkpointing) -> Tensor:
-        rollout = sampler.rollout(prompts, seeds, checkpointing=mode, **_steps(sampler))
+        rollout = sampler.rollout(prompts, seeds, checkpointing=mode, num_inference_steps=NUM_STEPS)
         values = list(adapter.parameters.values())
         parts = zip(_gradients(rollout, values), values, strict=True)
         return torch.cat([(torch.zeros_like(value) if part is None else part).flatten() for part, value in parts])
@@ -187,10 +187,6 @@ def _gradients(rollout: Rollout, inputs: Sequence[Tensor]) -> Sequence[Tensor | 
     weights = torch.linspace(-1, 1, rollout.pixels[0].numel(), device=rollout.pixels.device)
     contrast = (rollout.pixels.flatten(1).float() * weights).sum()
     return torch.autograd.grad(contrast, inputs, allow_unused=True)
-
-
-def _steps(sampler: Sampler) -> dict[str, int]:
-    return {"num_inference_steps": NUM_STEPS}
 
 
 def _tolerance(sampler: Sampler, single: float, half: float) -> float:

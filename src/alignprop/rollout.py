@@ -94,7 +94,9 @@ def _live(live_steps: int | Callable[[int], int] | None) -> Callable[[int], int]
         if wanted is None:
             return num_steps
         if not 1 <= wanted <= num_steps:
-            raise ValueError(f"live_steps={wanted} needs 1 <= live_steps <= {num_steps}, the number of denoising steps.")
+            raise ValueError(
+                f"live_steps={wanted} needs 1 <= live_steps <= {num_steps}, the number of denoising steps."
+            )
         return wanted
 
     return count

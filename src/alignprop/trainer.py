@@ -34,12 +34,15 @@ class Callback(Protocol):
 
     def start(self, trainer: "Trainer") -> None:
         """Before the first step, or the first after resuming."""
+        return None
 
     def step(self, trainer: "Trainer", metrics: Metrics) -> None:
         """After each optimizer step."""
+        return None
 
     def end(self, trainer: "Trainer") -> None:
         """After the last step, or when the run was interrupted between two steps."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,8 @@ class Trainer:
     @property
     def images_a_step(self) -> int:
         """Images of an optimizer step over all processes."""
-        return self.batch_size * self.accumulation * distributed.process().num_processes
+        num_processes: int = distributed.process().num_processes
+        return self.batch_size * self.accumulation * num_processes
 
     def batch(self, micro_batch: int) -> tuple[list[str], list[int]]:
         """This process's prompts and noise seeds of a micro-batch of the present step."""

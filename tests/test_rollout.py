@@ -1,5 +1,6 @@
 """Seams and rollout: exact gradients, against finite differences, an independent loop and the plain pipeline."""
 
+import gc
 import inspect
 
 import pytest
@@ -19,6 +20,7 @@ from diffusers import (
 
 import tiny
 from alignprop.adapters import Adapter, Lora
+from alignprop.memory import LiveBytes
 from alignprop.rollout import Sampler, rollout
 from alignprop.seams import CHECKPOINTING_MODES
 
@@ -79,6 +81,12 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def some_direction(exact):
+    """A random direction that leans to the gradient, so that the slope is not lost in rounding."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(len(exact), generator=generator, dtype=torch.float64) + 10 * exact / exact.norm()
+
+
 def slope(function, adapter, direction, h=1e-4):
     """Finite difference of ``function`` along a direction of the adapter's weights, central and of fourth order."""
     values = list(adapter.parameters.values())
@@ -102,7 +110,7 @@ def test_full_gradient_is_the_finite_difference_through_guidance_and_vae(sd64, e
     exact = gradient(contrast(sampler.rollout(tiny.PROMPTS, [0, 1]).pixels), adapter)
     pixels = sampler.rollout(tiny.PROMPTS, [0, 1]).pixels
     assert pixels.min() > 0 and pixels.max() < 1  # no clamping, which the gradient is told to ignore
-    direction = torch.randn(len(exact), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    direction = some_direction(exact)
     measured = slope(lambda: contrast(sampler.rollout(tiny.PROMPTS, [0, 1]).pixels), adapter, direction)
     assert measured == pytest.approx((exact @ direction).item(), rel=1e-6)
 
@@ -147,7 +155,7 @@ def test_every_scheduler_gives_the_plain_picture_and_the_exact_gradient(name):
     assert torch.equal(ours.pixels.detach().float(), plain)
     assert ours.num_steps == {"heun": 7, "pndm": 5}.get(name, 4)
     exact = gradient(contrast(ours.pixels), adapter)
-    direction = torch.randn(len(exact), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    direction = some_direction(exact)
     h, rel = DIFFERENCE[name]
     measured = slope(lambda: contrast(sampler.rollout(tiny.PROMPTS, [0, 1]).pixels), adapter, direction, h)
     assert measured == pytest.approx((exact @ direction).item(), rel=rel)
@@ -179,7 +187,7 @@ def test_the_window_keeps_the_paths_through_a_multistep_scheduler(name):
         return contrast(sampler.rollout(tiny.PROMPTS, [0, 1]).pixels)
 
     exact = gradient(contrast(ours.pixels), adapter)
-    direction = torch.randn(len(exact), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    direction = some_direction(exact)
     pipeline.unet.forward = replaying
     h, rel = DIFFERENCE[name]
     assert slope(value, adapter, direction, h) == pytest.approx((exact @ direction).item(), rel=rel)
@@ -266,20 +274,26 @@ def test_everything_is_restored_after_success_error_and_interrupt(sd):
         assert not torch.is_grad_enabled()
 
 
-def test_rollouts_nest(sd):
-    adapter, sampler = perturbed(sd), Sampler(sd, tiny.CALL)
-    alone = sampler.rollout(tiny.PROMPTS, [0, 1], 2)
+@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_rollout_within_a_rollout_disturbs_neither(name, at):
+    pipeline = pipeline_with(name)
+    adapter, sampler = perturbed(pipeline), Sampler(pipeline, tiny.CALL)
+    alone = [sampler.rollout(tiny.PROMPTS, [0, 1], 1), sampler.rollout(tiny.PROMPTS, [5, 6], 3)]
     inner = []
 
     def another(pipeline, step, timestep, kwargs):
-        if step == 1:
-            inner.append(Sampler(sd, tiny.CALL).rollout(tiny.PROMPTS, [5, 6], 3))
+        if step == at:
+            inner.append(sampler.rollout(tiny.PROMPTS, [5, 6], 3))
         return kwargs
 
-    outer = sampler.rollout(tiny.PROMPTS, [0, 1], 2, callback_on_step_end=another)
-    assert torch.equal(outer.pixels, alone.pixels)
-    assert inner[0].live_steps == 3 and outer.live_steps == 2
-    assert torch.equal(gradient(contrast(outer.pixels), adapter), gradient(contrast(alone.pixels), adapter))
+    outer = sampler.rollout(tiny.PROMPTS, [0, 1], 1, callback_on_step_end=another)
+    for nested, expected in zip([outer, *inner], alone, strict=True):
+        assert torch.equal(nested.pixels, expected.pixels)
+        counts = [(r.num_steps, r.live_steps, r.calls, r.live_calls) for r in (nested, expected)]
+        assert counts[0] == counts[1]
+        gradients = [gradient(contrast(r.pixels), adapter) for r in (nested, expected)]
+        assert torch.equal(*gradients)
 
 
 def test_positional_arguments_and_output_types_are_the_pipelines_own(sd):
@@ -333,10 +347,24 @@ def test_a_window_that_does_not_fit_is_refused(sd, wanted):
         Sampler(sd, tiny.CALL).rollout(tiny.PROMPTS, [0, 1], wanted)
 
 
+@pytest.mark.parametrize("mode", CHECKPOINTING_MODES)
+def test_a_rollout_that_is_thrown_away_frees_its_graph(sd, mode):
+    perturbed(sd)
+    sampler = Sampler(sd, tiny.CALL)
+    with LiveBytes() as live:
+        rolled = sampler.rollout(tiny.PROMPTS, [0, 1], 4, mode)
+        held = live.now
+        del rolled
+        gc.collect()
+        assert live.now < held / 100
+
+
 def test_an_fp16_pipeline_may_keep_its_decoder_in_fp32():
     pipeline = tiny.stable_diffusion(torch.bfloat16)
     pipeline.vae.to(torch.float32)
     adapter = perturbed(pipeline)
-    rolled = Sampler(pipeline, tiny.CALL).rollout(tiny.PROMPTS, [0, 1], 2)
+    sampler = Sampler(pipeline, tiny.CALL)
+    rolled = sampler.rollout(tiny.PROMPTS, [0, 1], 2)
     assert rolled.pixels.dtype == torch.float32
+    assert torch.equal(rolled.pixels.detach(), sampler.sample(tiny.PROMPTS, [0, 1]))
     assert gradient(contrast(rolled.pixels), adapter).isfinite().all()

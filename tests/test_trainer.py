@@ -105,7 +105,7 @@ def test_warm_up_and_average_follow_their_formulas():
 
 def test_prompts_and_seeds_come_once_each_per_epoch_and_never_repeat():
     run, prompts, seeds = trainer(batch_size=1, accumulation=1), [], []
-    for run.step in range(10):
+    for run.images_scored in range(10):
         batch = run.batch(0)
         prompts += batch[0]
         seeds += batch[1]
@@ -213,7 +213,6 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_says_where(tmp_path, bad)
     prompts = []
     with pytest.raises(TrainingStopped, match="step 3: reward 'fragile' is not finite") as stopped:
         run.train()
-    run.step = 2
     prompts = run.batch(1)[0]
     assert repr(prompts[1]) in str(stopped.value)
     load_checkpoint(trainer(), tmp_path / "checkpoints" / "step-000002")
@@ -226,7 +225,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
     run = trainer(reward=steep)
     before = weights(run)
-    with pytest.raises(TrainingStopped, match=r"step 1: the gradient is not finite; prompts: \['a"):
+    with pytest.raises(TrainingStopped, match=r"step 1: the gradient of steep is not finite; prompts: \['a"):
         run.train()
     assert all(torch.equal(value, before[name]) for name, value in run.parameters.items())
 

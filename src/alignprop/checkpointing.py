@@ -91,7 +91,7 @@ def load_checkpoint(trainer: Trainer, path: Path) -> None:
         CheckpointError: the checkpoint is missing, truncated, or of another adapter.
     """
     document = _read_document(path)
-    if document["parameters"] != _shapes(trainer):
+    if document.get("parameters") != _shapes(trainer):
         raise CheckpointError(
             f"{path} is of another adapter (model, rank or targets differ): resume with the settings of its own run."
         )

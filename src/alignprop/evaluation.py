@@ -11,7 +11,7 @@ from torch import Tensor
 from alignprop import distributed
 from alignprop.pictures import save_grid
 from alignprop.pixels import to_pil
-from alignprop.rewards import Reward
+from alignprop.rewards import Reward, check_scores
 from alignprop.rollout import Sampler
 from alignprop.runfolder import RunFolder
 from alignprop.trainer import Callback, Metrics, Trainer
@@ -105,7 +105,7 @@ def evaluate(
         some_prompts, some_seeds = map(list, zip(*mine[first : first + batch_size], strict=True))
         pictures = sampler.sample(some_prompts, some_seeds)
         images.append(pictures.cpu())
-        scores.append({name: reward(pictures, some_prompts).float().cpu() for name, reward in rewards.items()})
+        scores.append({name: _scored(name, reward, pictures, some_prompts) for name, reward in rewards.items()})
     images, scores = distributed.gather(images), distributed.gather(scores)
     shape = (len(prompts), images_per_prompt)
     return Evaluated(
@@ -113,6 +113,12 @@ def evaluate(
         images=torch.cat(images).unflatten(0, shape),
         scores={name: torch.cat([part[name] for part in scores]).view(shape) for name in rewards},
     )
+
+
+def _scored(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    scores = reward(images, prompts)
+    check_scores(scores, images, name, prompts)
+    return scores.float().cpu()
 
 
 @dataclass
@@ -142,12 +148,17 @@ class Evaluation(Callback):
     def start(self, trainer: Trainer) -> None:
         """Evaluate the base model, or pick up where a resumed run was."""
         if distributed.process().is_main_process:
-            self.folder.evaluations.rewind(trainer.step)
+            self.folder.evaluations.rewind(trainer.step if trainer.step else -1)
         distributed.process().wait_for_everyone()
-        lines = self.folder.evaluations.read()
-        self._best = max((self._criterion(line) for line in lines if line["kept"]), default=float("-inf"))
+        lines = self.folder.evaluations.read() if trainer.step else []
+        comparable = [line for line in lines if line["trained"] == list(trainer.objective.weights)]
+        self._best = max((self._criterion(line) for line in comparable if line["kept"]), default=float("-inf"))
         self._evaluated = lines[-1]["step"] if lines else -1
-        if self._evaluated < 0:
+        if trainer.best is not None and distributed.process().is_main_process:
+            self._save(
+                trainer, trainer.best, max((line["step"] for line in lines if line["kept"]), default=trainer.step)
+            )
+        if not lines:
             self._evaluate(trainer)
 
     def step(self, trainer: Trainer, metrics: Metrics) -> None:
@@ -184,15 +195,20 @@ class Evaluation(Callback):
         line["kept"] = self._criterion(line) > self._best
         self._best = max(self._best, self._criterion(line))
         self._evaluated = trainer.step
+        if line["kept"]:
+            trainer.best = {name: value.detach().clone() for name, value in trainer.evaluated_weights().items()}
         if distributed.process().is_main_process:
             for name, result in results.items():
                 columns = [to_pil(images) for images in result.images]
                 save_grid(columns, result.prompts, self.folder.samples(trainer.step) / f"{name}.png")
             if line["kept"]:
-                with trainer.adapter.weights(trainer.evaluated_weights()):
-                    trainer.adapter.save(self.folder.adapter, {**self.metadata, "step": trainer.step})
+                self._save(trainer, trainer.evaluated_weights(), trainer.step)
             self.folder.evaluations.append({**line, "seconds": time.perf_counter() - began})
         distributed.process().wait_for_everyone()
+
+    def _save(self, trainer: Trainer, values: Mapping[str, Tensor], step: int) -> None:
+        with trainer.adapter.weights(values, as_reloaded=False):
+            trainer.adapter.save(self.folder.adapter, {**self.metadata, "step": step})
 
     def _criterion(self, line: Mapping[str, Any]) -> float:
         chosen = line["sets"].get(SELECTED_BY) or next(iter(line["sets"].values()))

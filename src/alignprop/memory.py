@@ -1,5 +1,6 @@
 """Activation memory: measured in live tensor bytes, and the fastest checkpointing mode that fits."""
 
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,19 +69,20 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
-    with LiveBytes() as live:
+    live = LiveBytes()
+    with live:
         run()
     return live.peak
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free for activations, in bytes."""
+    """Memory that is free for this process's activations, in bytes."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,22 @@ def plan_memory(
         max_live_steps: the longest window that training may draw.
         limit: bytes that may be used.
         device: where it runs.
+
+    Raises:
+        ValueError: no mode fits at all.
     """
     costs: dict[Checkpointing, tuple[int, int]] = {}
     plan = MemoryPlan(limit, costs)
     for mode in FASTEST_FIRST:
-        one, two = (peak_bytes(lambda live=live, mode=mode: run(live, mode), device) for live in (1, 2))  # type: ignore[misc]
+        try:
+            one, two = (peak_bytes(lambda live=live, mode=mode: run(live, mode), device) for live in (1, 2))  # type: ignore[misc]
+        except torch.OutOfMemoryError:
+            continue  # that one does not fit, which is known now
         costs[mode] = (one, max(two - one, 0))
         if plan.predict(mode, max_live_steps) <= limit:
             break
+    if not costs:
+        raise ValueError("Two denoising steps do not fit into memory in any checkpointing mode: use a smaller batch.")
     return plan
 
 

@@ -84,8 +84,8 @@ def evaluation_line(line: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     before = first["sets"][name]["rewards"]
     parts = []
     for reward, score in measured["rewards"].items():
-        now, then = score["mean"], before[reward]["mean"]
-        parts.append(f"{reward} {now:.3g}" + (f" ({now - then:+.2g})" if line is not first else ""))
+        change = f" ({score['mean'] - before[reward]['mean']:+.2g})" if line is not first and reward in before else ""
+        parts.append(f"{reward} {score['mean']:.3g}{change}")
     kept = " [green]best so far[/]" if line["kept"] and line is not first else ""
     return f"[bold]step {line['step']}[/] on {name} prompts: {', '.join(parts)}{kept}"
 

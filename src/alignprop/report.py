@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -329,7 +330,7 @@ def _charts(metrics: Sequence[Record], evaluations: Sequence[Record], kept_step:
     steps = [record["step"] for record in metrics]
 
     def of_steps(key: str, title: str, note: str, height: float) -> list[_Panel]:
-        values = [record[key] for record in metrics]
+        values = [math.nan if record[key] is None else record[key] for record in metrics]
         return [_Panel(title, note, scatter_chart(steps, values, kept_step, height))] if metrics else []
 
     rewards = list(_evaluation_charts(evaluations, kept_step))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from alignprop import pixels
-from alignprop.seams import Checkpointing, gradient_seams, swapped
+from alignprop.seams import Checkpointing, decoding_in_own_dtype, gradient_seams, swapped
 from alignprop.spec import PipelineSpec, spec_of
 
 
@@ -17,8 +17,8 @@ class Rollout:
     """What one sampling gave.
 
     Attributes:
-        pixels: (B, 3, H, W) in [0, 1], with gradient. Clamped straight through: values outside the decoder's range
-            are cut off, their gradient is passed on.
+        pixels: (B, 3, H, W) in [0, 1], with gradient, in float32 or wider. Clamped straight through: values outside
+            the decoder's range are cut off, their gradient is passed on.
         latents: what the decoder received, detached.
         num_steps: denoising steps run, counted in scheduler steps.
         live_steps: how many of the last of them carry gradient.
@@ -72,12 +72,15 @@ def rollout(
         gradient_seams(pipeline, spec, _live(live_steps), _mode(checkpointing)) as trace,
     ):
         output = pipeline(*args, **kwargs)
-    if trace.decoded is None or trace.latents is None:
-        raise ValueError(
-            f"{type(pipeline).__name__} decoded no picture: leave output_type at 'pt', 'np' or 'pil', not 'latent'."
-        )
+        if trace.decoded is None or trace.latents is None:
+            raise ValueError(
+                f"{type(pipeline).__name__} decoded no picture: leave output_type at 'pt', 'np' or 'pil', not 'latent'."
+            )
+        images = pixels.to_unit(_at_least_float32(trace.decoded), spec.value_range)
+        images = pixels.clamp_straight_through(images)
+        trace.decoded = None  # the graph belongs to the caller alone
     return Rollout(
-        pixels=pixels.clamp_straight_through(pixels.to_unit(trace.decoded, spec.value_range)),
+        pixels=images,
         latents=trace.latents,
         num_steps=trace.num_steps,
         live_steps=trace.live_steps,
@@ -86,6 +89,11 @@ def rollout(
         checkpointing=trace.checkpointing,
         output=output,
     )
+
+
+def _at_least_float32(decoded: Tensor) -> Tensor:
+    """Rewards see what evaluation sees, whatever the decoder's dtype."""
+    return decoded.to(torch.promote_types(decoded.dtype, torch.float32))
 
 
 def _live(live_steps: int | Callable[[int], int] | None) -> Callable[[int], int]:
@@ -113,10 +121,12 @@ class Sampler:
     Attributes:
         pipeline: the user's diffusers pipeline.
         call: keyword arguments of every call (``num_inference_steps``, ``guidance_scale``, ...).
+        spec: the pipeline's parts, where they cannot be known.
     """
 
     pipeline: Any
     call: Mapping[str, Any] = field(default_factory=dict)
+    spec: PipelineSpec | None = None
 
     def rollout(
         self,
@@ -128,13 +138,14 @@ class Sampler:
     ) -> Rollout:
         """Sample one picture for each prompt and seed, with gradient."""
         arguments = {**self._arguments(prompts, seeds), **changes}
-        return rollout(self.pipeline, live_steps=live_steps, checkpointing=checkpointing, **arguments)
+        return rollout(self.pipeline, live_steps=live_steps, checkpointing=checkpointing, spec=self.spec, **arguments)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], **changes: Any) -> Tensor:
         """Sample with the plain pipeline; (B, 3, H, W) in [0, 1] in float32."""
         quiet = {**getattr(self.pipeline, "_progress_bar_config", {}), "disable": True}
-        with swapped(self.pipeline, "_progress_bar_config", quiet):
+        decoder = (self.spec or spec_of(self.pipeline)).decoder_of(self.pipeline)
+        with swapped(self.pipeline, "_progress_bar_config", quiet), decoding_in_own_dtype(decoder):
             images: Tensor = self.pipeline(**{**self._arguments(prompts, seeds), **changes}).images
         return images.float()
 

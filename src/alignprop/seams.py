@@ -25,6 +25,8 @@ Checkpointing = Literal["none", "step", "block", "nested"]
 CHECKPOINTING_MODES: tuple[Checkpointing, ...] = get_args(Checkpointing)
 
 _ABSENT = object()
+_ORIGINAL = "_alignprop_original"
+"""Attribute of what stands in a seam: what stood there before, on which a nested sampling builds."""
 _LATENT_ARGUMENTS = ("sample", "hidden_states", "x", "latents")
 
 
@@ -107,7 +109,10 @@ def gradient_seams(
     """
     trace = Trace()
     # A copy for each sampling: multistep schedulers keep the last model outputs, and with them their graph.
-    scheduler = copy.deepcopy(pipeline.scheduler)
+    # Within another sampling it is one of the user's scheduler, not of the copy in use.
+    original = vars(pipeline.scheduler).get(_ORIGINAL, pipeline.scheduler)
+    scheduler = copy.deepcopy(original)
+    setattr(scheduler, _ORIGINAL, original)
 
     def begin() -> None:
         trace.num_steps = getattr(pipeline, "_num_timesteps", None) or len(scheduler.timesteps)
@@ -117,12 +122,42 @@ def gradient_seams(
     with ExitStack() as stack:
         stack.enter_context(swapped(pipeline, "_num_timesteps", None))  # forget the previous call's
         stack.enter_context(swapped(pipeline, "scheduler", scheduler))
-        stack.enter_context(swapped(scheduler, "step", _counted_step(scheduler.step, trace)))
+        stack.enter_context(_seam(scheduler, "step", _counted_step(scheduler.step, trace)))
         for denoiser in spec.denoisers_of(pipeline):
-            stack.enter_context(swapped(denoiser, "forward", _gated_forward(denoiser, trace, begin)))
+            stack.enter_context(_seam(denoiser, "forward", _gated_forward(denoiser, trace, begin)))
         decoder = spec.decoder_of(pipeline)
-        stack.enter_context(swapped(decoder, "decode", _kept_decode(decoder, trace)))
+        stack.enter_context(_seam(decoder, "decode", _kept_decode(decoder, trace)))
         yield trace
+
+
+@contextmanager
+def decoding_in_own_dtype(decoder: nn.Module) -> Iterator[None]:
+    """Let a decoder in fp32 follow a denoiser in fp16, which pipelines do not expect."""
+    decode: Callable[..., Any] = _unpatched(decoder.decode)
+
+    @functools.wraps(decode)
+    def cast(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return decode(latents.to(_dtype_of(decoder)), *args, **kwargs)
+
+    with _seam(decoder, "decode", cast):
+        yield
+
+
+@contextmanager
+def _seam(target: object, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Swap a method, remembering the one that was there."""
+    setattr(replacement, _ORIGINAL, _unpatched(getattr(target, name)))
+    with swapped(target, name, replacement):
+        yield
+
+
+def _unpatched(method: Any) -> Callable[..., Any]:
+    unpatched: Callable[..., Any] = getattr(method, _ORIGINAL, method)
+    return unpatched
+
+
+def _dtype_of(decoder: nn.Module) -> torch.dtype:
+    return next(decoder.parameters()).dtype
 
 
 def _counted_step(step: Callable[..., Any], trace: Trace) -> Callable[..., Any]:
@@ -136,11 +171,12 @@ def _counted_step(step: Callable[..., Any], trace: Trace) -> Callable[..., Any]:
 
 
 def _gated_forward(denoiser: nn.Module, trace: Trace, begin: Callable[[], None]) -> Callable[..., Any]:
-    forward = denoiser.forward
+    forward = _unpatched(denoiser.forward)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        # Entered again when the step is recomputed in the backward pass, where the seams are gone.
-        with block_checkpointing(denoiser, enabled=trace.is_blockwise):
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], blockwise: bool) -> Any:
+        # Entered again when the step is recomputed in the backward pass, where the seams are gone. It holds nothing
+        # of the trace, whose pixels hold the graph, which holds this.
+        with block_checkpointing(denoiser, enabled=blockwise):
             return forward(*args, **kwargs)
 
     @functools.wraps(forward)
@@ -155,8 +191,9 @@ def _gated_forward(denoiser: nn.Module, trace: Trace, begin: Callable[[], None])
         torch.set_grad_enabled(True)  # the pipeline's own no_grad, or rollout, puts it back on leaving
         args, kwargs = _with_own_latents(args, kwargs)
         if trace.is_recomputed:
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
-        return run(*args, **kwargs)
+            # All of it positional: only there does checkpoint look for the devices whose generators it must replay.
+            return checkpoint(run, args, kwargs, trace.is_blockwise, use_reentrant=False)
+        return run(args, kwargs, trace.is_blockwise)
 
     return gated
 
@@ -173,18 +210,18 @@ def _with_own_latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
 
 
 def _kept_decode(decoder: nn.Module, trace: Trace) -> Callable[..., Any]:
-    decode: Callable[..., Any] = decoder.decode  # type: ignore[assignment]  # a method, not a submodule
-    dtype = next(decoder.parameters()).dtype
+    decode = _unpatched(decoder.decode)
 
     @functools.wraps(decode)
     def kept(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         with block_checkpointing(decoder, enabled=trace.is_blockwise):
             # The decoder may be kept in fp32 beside an fp16 denoiser.
-            output = decode(latents.to(dtype), *args, **kwargs)
+            output = decode(latents.to(_dtype_of(decoder)), *args, **kwargs)
         trace.latents = latents.detach()
         trace.decoded = output[0]
-        # Detached, since pipelines turn pictures into numpy or PIL, which a graph forbids.
-        return _with_first(output, output[0].detach())
+        # Detached, since pipelines turn pictures into numpy or PIL, which a graph forbids; a copy, since some write
+        # into it (a safety checker blanks what it flags).
+        return _with_first(output, output[0].detach().clone())
 
     return kept
 

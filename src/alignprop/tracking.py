@@ -49,6 +49,7 @@ class Trackers(Callback):
         self._evaluations_sent = len(self.folder.evaluations.read()) if trainer.step else 0
         self._accelerator = Accelerator(log_with=list(self.names), project_dir=str(self.folder.path))
         self._accelerator.init_trackers(self.project, config=_flat(self.config))
+        self._send_evaluations(self.folder.evaluations)  # the base model's, before a later step is sent
 
     def step(self, trainer: Trainer, metrics: Metrics) -> None:
         """Send the step's numbers, and those of an evaluation that came with it."""
@@ -58,7 +59,8 @@ class Trackers(Callback):
     def end(self, trainer: Trainer) -> None:
         """Send what is left and close the trackers."""
         self._send_evaluations(self.folder.evaluations)
-        self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:  # not end_training, which ends the process group too
+            tracker.finish()
 
     def _send_evaluations(self, evaluations: JsonLines) -> None:
         if distributed.process().is_main_process:

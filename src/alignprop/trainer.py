@@ -20,6 +20,7 @@ from alignprop.memory import peak_resident_bytes
 from alignprop.prompts import batch as prompt_batch
 from alignprop.rewards import Reward, as_weighted_sum
 from alignprop.rollout import Sampler
+from alignprop.spec import PipelineSpec
 
 Metrics = dict[str, Any]
 _PROMPTS, _NOISE, _ESTIMATOR, _DROPOUT = range(4)  # streams of random numbers that come from one seed
@@ -86,6 +87,7 @@ class Trainer:
         batch_size: images of a micro-batch on each process.
         accumulation: micro-batches of a step.
         seed: of everything random.
+        spec: the pipeline's parts, where they cannot be known.
         lora: the adapter's settings.
         optimizer: the optimizer's settings.
         estimator: turns rollouts into gradients.
@@ -104,13 +106,15 @@ class Trainer:
     optimizer: Optimizer = field(default_factory=Optimizer)
     estimator: Estimator = field(default_factory=AlignProp)
     callbacks: Sequence[Callback] = ()
+    spec: PipelineSpec | None = None
 
     def __post_init__(self) -> None:
         """Add the adapter and set up the optimizer."""
         self.step, self.images_scored = 0, 0
+        self.best: dict[str, Tensor] | None = None  # what an evaluation found best, kept for a run that is resumed
         self.objective = as_weighted_sum(self.reward)
-        self.sampler = Sampler(self.pipeline, self.call)
-        self.adapter = Adapter(self.pipeline, self.lora, seed=self.seed)
+        self.sampler = Sampler(self.pipeline, self.call, self.spec)
+        self.adapter = Adapter(self.pipeline, self.lora, spec=self.spec, seed=self.seed)
         self.parameters = self.adapter.parameters
         settings, values = self.optimizer, list(self.parameters.values())
         self.adamw = torch.optim.AdamW(
@@ -122,7 +126,7 @@ class Trainer:
         )
         # A pure function of the step, so that a resumed run needs no state of it.
         self.schedule = get_scheduler(
-            settings.schedule, self.adamw, num_warmup_steps=settings.warmup_steps, num_training_steps=self.steps
+            settings.schedule, self.adamw, num_warmup_steps=settings.warmup_steps, num_training_steps=self.steps + 1
         ).lr_lambdas[0]
         self.ema = EMAModel(values, decay=settings.ema_decay) if settings.ema_decay is not None else None
         half = self.adapter.base_dtype == torch.float16  # whose small gradients would be rounded to zero
@@ -132,24 +136,28 @@ class Trainer:
         """Run to the last step; Ctrl-C ends the run after the step that it falls into."""
         for callback in self.callbacks:
             callback.start(self)
+        distributed.check_identical(list(self.parameters.values()))
         with _interrupt_between_steps() as interrupted:
-            while self.step < self.steps and not interrupted():
+            while self.step < self.steps and not any(distributed.gather([interrupted()])):
                 metrics = self.train_step()
                 for callback in self.callbacks:
                     callback.step(self, metrics)
             for callback in self.callbacks:
                 callback.end(self)
-            if interrupted():
+            if self.step < self.steps:
                 raise KeyboardInterrupt
 
     def train_step(self) -> Metrics:
         """One optimizer step: rollouts, rewards, gradients, all-reduce, clipping, update."""
         began = time.perf_counter()
+        self.adamw.zero_grad()  # what a step that failed has left
         estimates = self._estimate_all()
         distributed.sum_gradients(list(self.parameters.values()))
         grad_norm = self._update()
         self.step += 1
-        return {**self._summary(estimates), "grad_norm": grad_norm, "seconds": time.perf_counter() - began}
+        # JSON has no infinity: a step that fp16 overflow made the scaler skip has no norm.
+        norm = grad_norm if math.isfinite(grad_norm) else None
+        return {**self._summary(estimates), "grad_norm": norm, "seconds": time.perf_counter() - began}
 
     def _estimate_all(self) -> list[Estimate]:
         estimates, failure = [], None
@@ -158,10 +166,10 @@ class Trainer:
             estimates = [self._estimate(micro_batch) for micro_batch in range(self.accumulation)]
         except ValueError as error:  # told to the other processes, which would wait for this one's gradients
             failure = str(error)
-        self.adapter.eval()
+        finally:
+            self.adapter.eval()
         failures = [message for message in distributed.gather([failure]) if message]
         if failures:
-            self.adamw.zero_grad()
             raise TrainingStopped(f"step {self.step + 1}: {failures[0]}")
         return estimates
 
@@ -192,8 +200,7 @@ class Trainer:
     def batch(self, micro_batch: int) -> tuple[list[str], list[int]]:
         """This process's prompts and noise seeds of a micro-batch of the present step."""
         process = distributed.process()
-        first = self.step * self.images_a_step
-        first += (micro_batch * process.num_processes + process.process_index) * self.batch_size
+        first = self.images_scored + (micro_batch * process.num_processes + process.process_index) * self.batch_size
         seeds = [distributed.derive_seed(self.seed, _NOISE, first + i) for i in range(self.batch_size)]
         stream = distributed.derive_seed(self.seed, _PROMPTS)
         return prompt_batch(self.prompts, stream, first, self.batch_size), seeds
@@ -205,15 +212,17 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(values, self.optimizer.max_grad_norm))
         # In fp16 an overflow is part of the scaler's search, which skips the step, until the scale is down to one.
         if not math.isfinite(norm) and self._loss_scale() <= 1:
-            self.adamw.zero_grad()
             prompts = [prompt for micro_batch in range(self.accumulation) for prompt in self.batch(micro_batch)[0]]
-            raise TrainingStopped(f"step {self.step + 1}: the gradient is not finite; prompts: {sorted(set(prompts))}.")
+            raise TrainingStopped(
+                f"step {self.step + 1}: the gradient of {' + '.join(self.objective.weights)} is not finite; "
+                f"prompts: {sorted(set(prompts))}."
+            )
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate
         self.scaler.step(self.adamw)
         self.scaler.update()
         self.adamw.zero_grad()
-        if self.ema is not None:
+        if self.ema is not None and math.isfinite(norm):
             self.ema.step(values)
         return norm
 
@@ -236,7 +245,7 @@ class Trainer:
             "lr": self.adamw.param_groups[0]["lr"],
             "live_steps": sum(e.live_steps for e in estimates) / len(estimates),
             "images_scored": self.images_scored,
-            "peak_memory_mb": peak_resident_bytes(scores.device) / 2**20,
+            "peak_memory_mb": peak_resident_bytes(estimates[0].scores.device) / 2**20,
         }
 
     def evaluated_weights(self) -> dict[str, Tensor]:
@@ -251,8 +260,10 @@ class Trainer:
             "images_scored": self.images_scored,
             "adapter": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": self.adamw.state_dict()["state"],
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "average": None if self.ema is None else list(self.ema.shadow_params),
+            "averaged_steps": 0 if self.ema is None else self.ema.optimization_step,
             "scaler": self.scaler.state_dict(),
+            "best": self.best,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -262,10 +273,14 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["adapter"][name])
         self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state["optimizer"]})
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        if self.scaler.is_enabled():
+        if self.ema is not None:  # begun anew if the run had none before
+            averages = state["average"] or list(self.parameters.values())
+            for shadow, value in zip(self.ema.shadow_params, averages, strict=True):
+                shadow.copy_(value)
+            self.ema.optimization_step = state["averaged_steps"]
+        if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        self.best = state["best"]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Configurations: typed and strict settings, recipes, and the trainer that they describe."""
 
-from alignprop.config.building import build, check_call, evaluation_sets, load_pipeline, load_terms
+from alignprop.config.building import build, check_call, evaluation_sets, load_pipeline, load_terms, probed_modes
 from alignprop.config.errors import ConfigError
 from alignprop.config.loading import Recipe, load_config, read_config, recipe_path, recipes, save
 from alignprop.config.settings import Config, JudgeTerm, Model, Run
@@ -18,6 +18,7 @@ __all__ = [
     "load_config",
     "load_pipeline",
     "load_terms",
+    "probed_modes",
     "read_config",
     "recipe_path",
     "recipes",

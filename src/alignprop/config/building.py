@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from alignprop.prompts import Prompts
     from alignprop.rewards import Reward
+    from alignprop.seams import Checkpointing
     from alignprop.trainer import Callback, Trainer
     from alignprop.truncation import Truncation
 
@@ -243,7 +244,7 @@ class LastAdapter:
         from alignprop import distributed
 
         if distributed.process().is_main_process:
-            with trainer.adapter.weights(trainer.evaluated_weights()):
+            with trainer.adapter.weights(trainer.evaluated_weights(), as_reloaded=False):
                 trainer.adapter.save(self.folder, {**self.metadata, "step": trainer.step})
 
 
@@ -276,6 +277,18 @@ def _memory_plan(trainer: Trainer, config: Config) -> Any:
     gigabytes = config.estimator.memory_gb
     limit = available_bytes(device) if gigabytes is None else int(gigabytes * 1e9)
     return plan_memory(run, max_live_steps=max_live_steps(trainer, config), limit=limit, device=device)
+
+
+def probed_modes(trainer: Trainer) -> Sequence[Checkpointing]:
+    """The checkpointing modes that a run may use, behind a mode to compare them with that needs no more memory."""
+    from alignprop.memory import MemoryPlan
+
+    mode = getattr(trainer.estimator, "checkpointing", "none")
+    if isinstance(mode, MemoryPlan):
+        return tuple(mode.costs)
+    if mode == "none":
+        return ("none",)
+    return ("block" if mode == "nested" else "none", mode)
 
 
 def max_live_steps(trainer: Trainer, config: Config) -> int:

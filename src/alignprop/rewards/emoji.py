@@ -38,9 +38,7 @@ class EmojiClip(nn.Module):
         return cosine_similarity(emoji.image_features(self.clip, images), self._embed(prompts).to(images))
 
     def _embed(self, prompts: Sequence[str]) -> Tensor:
-        new = sorted(set(prompts) - self._embeddings.keys())
-        if new:
-            tokens = self.tokenizer(new, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
-            pooled = self.clip.text_model(**tokens).pooler_output
-            self._embeddings.update(zip(new, self.clip.text_projection(pooled), strict=True))
+        for prompt in set(prompts) - self._embeddings.keys():  # each alone: its score must not depend on its company
+            tokens = self.tokenizer([prompt], truncation=True, return_tensors="pt").to(self.clip.device)
+            self._embeddings[prompt] = self.clip.text_projection(self.clip.text_model(**tokens).pooler_output)[0]
         return torch.stack([self._embeddings[prompt] for prompt in prompts])

@@ -283,7 +283,7 @@ def probed_modes(trainer: Trainer) -> Sequence[Checkpointing]:
     """The checkpointing modes that a run may use, behind a mode to compare them with that needs no more memory."""
     from alignprop.memory import MemoryPlan
 
-    mode = getattr(trainer.estimator, "checkpointing", "none")
+    mode: Any = getattr(trainer.estimator, "checkpointing", "none")
     if isinstance(mode, MemoryPlan):
         return tuple(mode.costs)
     if mode == "none":

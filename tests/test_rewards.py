@@ -372,10 +372,18 @@ def test_emoji_clip_embeds_each_prompt_once_and_trains_after_an_evaluation():
         evaluated = reward(images, ["a cat", "a dog", "a cat"])
     images.requires_grad_()
     trained = reward(images, ["a cat", "a dog", "a cat"])
-    assert len(calls) == 1
+    assert len(calls) == 2  # a cat and a dog, each alone: a score must not depend on its company
     torch.testing.assert_close(trained.detach(), evaluated.clone())
     trained.sum().backward()
     assert images.grad.abs().sum() > 0
+
+
+def test_emoji_clip_scores_a_prompt_the_same_whatever_else_is_in_the_batch():
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    together = load_reward("emoji-clip")
+    together(images, ["a cat", "a red car, line drawing", "an octopus"])
+    alone = load_reward("emoji-clip")
+    assert torch.equal(together(images[:1], ["a cat"]), alone(images[:1], ["a cat"]))
 
 
 def test_emoji_aesthetic_rates_a_drawing_above_noise():

@@ -14,6 +14,7 @@ from alignprop.adapters import Lora
 from alignprop.checkpointing import CheckpointError, Checkpoints, list_checkpoints, load_checkpoint, save_checkpoint
 from alignprop.estimators import AlignProp
 from alignprop.evaluation import Evaluation, diversity, evaluate
+from alignprop.probe import probe, require
 from alignprop.rollout import Sampler
 from alignprop.runfolder import RunFolder
 from alignprop.tracking import MetricsFile
@@ -297,3 +298,85 @@ def test_half_precision_follows_float32(dtype):
     half, single = first_gradient(dtype), first_gradient(torch.float32)
     assert torch.cosine_similarity(half, single, 0) > 0.99
     assert half.norm() == pytest.approx(single.norm().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_passes_the_probe_trains_evaluates_and_resumes(tmp_path, dtype):
+    def make():
+        run = trainer(dtype=dtype, dropout=0.0, call=tiny.CALL, steps=3, callbacks=callbacks(tmp_path))
+        run.pipeline.vae.to(torch.float32)
+        return run
+
+    run = make()
+    assert run.scaler.is_enabled() == (dtype == torch.float16)
+    require(probe(run.sampler, run.adapter, run.objective, TRAIN[:2]))
+    before = weights(run)
+    run.train()
+    assert all(value.isfinite().all() for value in run.parameters.values())
+    assert any(not torch.equal(value, before[name]) for name, value in run.parameters.items())
+    again = make()
+    load_checkpoint(again, tmp_path / "checkpoints" / "step-000002")
+    again.train()
+    assert all(torch.equal(value, again.parameters[name]) for name, value in run.parameters.items())
+
+
+def test_an_overflow_in_fp16_skips_the_step_and_leaves_the_average_alone():
+    run = trainer(dtype=torch.float16, reward=lambda images, prompts: redness(images, prompts) * 1e30)
+    run.pipeline.vae.to(torch.float32)
+    before, average = weights(run), [value.clone() for value in run.ema.shadow_params]
+    scale = run._loss_scale()
+    assert run.train_step()["grad_norm"] is None
+    assert run._loss_scale() == scale / 2
+    assert all(torch.equal(value, before[name]) for name, value in run.parameters.items())
+    assert all(torch.equal(*pair) for pair in zip(run.ema.shadow_params, average, strict=True))
+
+
+def test_a_step_that_failed_leaves_nothing_for_the_next(tmp_path):
+    """As in a notebook: out of memory in the second micro-batch, then another try."""
+    calls = []
+
+    def fails_once(images, prompts):
+        calls.append(None)
+        if len(calls) == 2:
+            raise MemoryError
+        return redness(images, prompts)
+
+    run, clean = trainer(reward=fails_once), trainer()
+    with pytest.raises(MemoryError):
+        run.train_step()
+    assert not any(layer.lora_dropout["alignprop"].training for layer in run.adapter._layers())
+    assert run.train_step()["grad_norm"] == clean.train_step()["grad_norm"]
+
+
+def test_an_average_may_be_begun_when_a_run_is_resumed(tmp_path):
+    without = trainer(optimizer=Optimizer(ema_decay=None))
+    without.train_step()
+    path = save_checkpoint(without, tmp_path)
+    run = trainer(optimizer=Optimizer(ema_decay=0.5))
+    load_checkpoint(run, path)
+    for name, value in run.evaluated_weights().items():
+        assert torch.equal(value, without.parameters[name])
+
+
+def test_a_resumed_run_keeps_the_best_adapter_of_its_own_past(tmp_path):
+    """Not the one that a part of the run, which was thrown away, had found."""
+    folder = RunFolder(tmp_path)
+    settings = {"call": tiny.CALL, "dropout": 0.0, "optimizer": Optimizer(learning_rate=3e-2)}
+    first = trainer(callbacks=callbacks(tmp_path), **settings)
+    first.train()
+    best_of_two = max(line["step"] for line in folder.evaluations.read()[:2] if line["kept"])
+    assert folder.evaluations.read()[-1]["kept"] and best_of_two == 2
+    worse = trainer(callbacks=callbacks(tmp_path), **(settings | {"optimizer": Optimizer(learning_rate=3.0)}))
+    load_checkpoint(worse, folder.checkpoints / "step-000002")
+    worse.train()
+    kept = max((line for line in folder.evaluations.read() if line["kept"]), key=lambda line: line["step"])
+    plain = tiny.stable_diffusion()
+    plain.load_lora_weights(folder.adapter)
+    pictures = evaluate(Sampler(plain, tiny.CALL), ("a bee",), {"r": redness}, images_per_prompt=2, seed=1234)
+    assert pictures.scores["r"].mean().item() == pytest.approx(kept["sets"]["unseen"]["reward"]["mean"], abs=1e-5)
+
+
+def test_a_judge_that_cannot_be_used_is_named():
+    sampler = Sampler(tiny.stable_diffusion(), tiny.CALL)
+    with pytest.raises(ValueError, match="reward 'judge' returned shape"):
+        evaluate(sampler, TRAIN[:2], {"judge": lambda images, prompts: images.mean()})

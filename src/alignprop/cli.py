@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -23,6 +24,7 @@ from alignprop.terminal import (
     errors_told,
     is_terminal,
     loading,
+    loading_code,
     status,
     tell,
     tell_findings,
@@ -31,6 +33,7 @@ from alignprop.terminal import (
 if TYPE_CHECKING:
     from alignprop.config import Config
     from alignprop.progress import ProgressBar
+    from alignprop.runfolder import RunFolder
     from alignprop.trainer import Trainer
 
 app = typer.Typer(
@@ -119,6 +122,7 @@ def train(
         _run(trainer, bar, files.path)
         if distributed.process().is_main_process:
             _write_report(files.path)
+            _write_card(config, files)
             conclude(config, files.path)
 
 
@@ -334,6 +338,14 @@ def _run(trainer: Trainer, bar: ProgressBar, folder: Path) -> None:
     except TrainingStopped as error:
         remedy = f"What there was before is kept; go on from the last checkpoint with other settings: {again} --set ..."
         raise ValueError(f"{error}\n{remedy}") from error
+
+
+def _write_card(config: Config, files: RunFolder) -> None:
+    from alignprop import __version__
+    from alignprop.card import write_card
+
+    if files.adapter.is_dir():
+        write_card(files.path, textwrap.dedent(loading_code(config, Path("adapter"))), __version__)
 
 
 def _write_report(folder: Path) -> None:

@@ -34,7 +34,8 @@ def preprocess(images: Tensor, size: int = 64) -> Tensor:
 def image_features(clip: CLIPModel, images: Tensor) -> Tensor:
     """Projected embeddings (B, 128) of pictures (B, 3, H, W) in [0, 1], not normalised."""
     pooled = clip.vision_model(pixel_values=preprocess(images)).pooler_output
-    return clip.visual_projection(pooled)
+    embeddings: Tensor = clip.visual_projection(pooled)
+    return embeddings
 
 
 def aesthetic_features(clip: CLIPModel, images: Tensor) -> Tensor:

@@ -1,0 +1,117 @@
+"""Pictures with ratings of 1 to 10 for the aesthetic head: clean, degraded, generated and collapsed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import augment
+import numpy as np
+import torch
+from concepts import SHEET, STYLES, UNSEEN, caption
+from data import BUILD, load_images
+from diffusers import StableDiffusionPipeline
+from sampling import sample
+from torch import Tensor
+
+STYLE_RATINGS = torch.tensor([8.5, 5.0, 5.5, 3.5])
+"""Ratings of clean drawings, in the order of `STYLES`."""
+
+ROUND_TRIP_LOSS = 0.2
+GENERATED_LOSS = 0.4
+HELD_OUT_EVERY = 6
+MOVED_COPIES = 1
+
+Damage = Callable[[Tensor, float, torch.Generator], Tensor]
+DAMAGES: dict[str, Damage] = {
+    "blurred": lambda images, s, _: augment.blurred(images, 0.6 + 3.5 * s),
+    "noisy": lambda images, s, generator: augment.noisy(images, 0.04 + 0.4 * s, generator),
+    "saturated": lambda images, s, _: augment.contrasted(augment.saturated(images, 1.5 + 5 * s), 1 + s),
+    "tinted": lambda images, s, generator: augment.tinted(images, 0.1 + 0.8 * s, generator),
+    "shuffled": lambda images, s, generator: augment.shuffled_patches(images, 4 if s < 0.5 else 8, generator),
+    "blended": lambda images, s, generator: augment.blended(images, generator),
+}
+WHOLE_DAMAGES = {"shuffled", "blended"}
+"""Damages without a degree: they always rate 1.5."""
+
+
+@dataclass(frozen=True)
+class Rated:
+    """Pictures of one kind.
+
+    Attributes:
+        kind: What they are, as `real` or `blurred`.
+        images: (B, 3, 64, 64) in [0, 1].
+        ratings: (B,) from 1 to 10.
+        concepts: (B,) indices of concepts.
+        styles: (B,) indices of styles.
+    """
+
+    kind: str
+    images: Tensor
+    ratings: Tensor
+    concepts: Tensor
+    styles: Tensor
+
+
+def held_out(concepts: Tensor) -> Tensor:
+    """Which concepts the head is never trained on: the unseen animals and every sixth of all."""
+    first = [concept.name for concept in SHEET].index(UNSEEN[0].name)
+    return (concepts % HELD_OUT_EVERY == 0) | ((concepts >= first) & (concepts < first + len(UNSEEN)))
+
+
+def damaged_ratings(ratings: Tensor, change: Tensor, severity: float) -> Tensor:
+    """Ratings of degraded pictures: they fall with the severity, where the damage changed the picture at all.
+
+    Args:
+        ratings: Of the pictures before.
+        change: Mean absolute change of their pixels.
+        severity: From 0 to 1.
+    """
+    return torch.where(change > 0.004, 1 + (ratings - 1) * (1 - severity) ** 2, ratings)
+
+
+def real() -> Iterator[Rated]:
+    """The drawings, moved a little, with and without a round trip through the autoencoder."""
+    data = np.load(BUILD / "data.npz")
+    concepts, styles = torch.from_numpy(data["concept"]), torch.from_numpy(data["style"])
+    generator = torch.Generator().manual_seed(0)
+    originals = (load_images() + 1) / 2
+    round_trips = torch.load(BUILD / "round_trips.pt").float() / 255
+    for kind, images, loss in (("real", originals, 0.0), ("round trip", round_trips, ROUND_TRIP_LOSS)):
+        ratings = STYLE_RATINGS[styles] - loss
+        yield Rated(kind, images, ratings, concepts, styles)
+        for _ in range(MOVED_COPIES):
+            moved = augment.moved(images, generator, degrees=6, scale=0.08, shift=0.08)
+            yield Rated(f"{kind}, moved", moved, ratings, concepts, styles)
+
+
+def degraded(clean: Rated, one_in: int, generator: torch.Generator) -> Iterator[Rated]:
+    """Every damage at several severities, each on a random one in so many of the pictures."""
+    for kind, damage in DAMAGES.items():
+        for severity in (0.1, 0.3, 0.5, 0.7, 0.9):
+            rows = torch.randperm(len(clean.images), generator=generator)[: len(clean.images) // one_in]
+            images = clean.images[rows]
+            worse = damage(images, severity, generator)
+            change = (worse - images).abs().mean((1, 2, 3))
+            ratings = damaged_ratings(clean.ratings[rows], change, severity)
+            if kind in WHOLE_DAMAGES:
+                ratings = torch.full_like(ratings, 1.5)
+            yield Rated(kind, worse, ratings, clean.concepts[rows], clean.styles[rows])
+
+
+def generated(pipe: StableDiffusionPipeline, kind: str, every: int, seed: int) -> Rated:
+    """Samples with a style in the caption, rated by that style.
+
+    Args:
+        pipe: The base model.
+        kind: Name of the kind.
+        every: Take every so many of the concepts and styles.
+        seed: First seed.
+    """
+    order = torch.randperm(len(SHEET) * len(STYLES), generator=torch.Generator().manual_seed(seed))
+    pairs = [divmod(index, len(STYLES)) for index in order[::every].tolist()]
+    captions = [caption(SHEET[c], STYLES[s]) for c, s in pairs]
+    images = sample(pipe, captions, list(range(seed, seed + len(pairs)))).clamp(0, 1)
+    concepts, styles = torch.tensor(pairs).unbind(1)
+    return Rated(kind, images, STYLE_RATINGS[styles] - GENERATED_LOSS, concepts, styles)

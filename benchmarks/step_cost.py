@@ -46,8 +46,8 @@ def bare_work(pipeline: Any, batch: int, steps: int, live_steps: int) -> Callabl
         with torch.no_grad():
             for _ in range(steps - live_steps):
                 unet(latents, timestep, context, return_dict=False)
-        for _ in range(live_steps):
-            output = unet(latents.clone().requires_grad_(), timestep, context, return_dict=False)[0]
+        for step in range(live_steps):  # no gradient goes back beyond the first live step
+            output = unet(latents.clone().requires_grad_(step > 0), timestep, context, return_dict=False)[0]
             output.backward(torch.ones_like(output))
         picture = vae.decode(latents[:batch].clone().requires_grad_(), return_dict=False)[0]
         picture.backward(torch.ones_like(picture))

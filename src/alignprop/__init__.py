@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignprop import emoji
-    from alignprop.adapters import Adapter, Lora
+    from alignprop.adapter_files import load_adapter
+    from alignprop.adapters import Adapter, Full, Lora
     from alignprop.checkpointing import Checkpoints, load_checkpoint, save_checkpoint
     from alignprop.estimators import AlignProp, Estimate, Estimator
     from alignprop.evaluation import Evaluation, evaluate
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "adapters": ("Adapter", "Lora"),
+    "adapter_files": ("load_adapter",),
+    "adapters": ("Adapter", "Full", "Lora"),
     "checkpointing": ("Checkpoints", "load_checkpoint", "save_checkpoint"),
     "estimators": ("AlignProp", "Estimate", "Estimator"),
     "evaluation": ("Evaluation", "evaluate"),
@@ -52,6 +54,8 @@ __all__ = [  # noqa: RUF022  # in the order of a first reading
     "Estimate",
     "Adapter",
     "Lora",
+    "Full",
+    "load_adapter",
     "REWARDS",
     "Reward",
     "WeightedSum",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -13,7 +14,15 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Column, Table
 
-from alignprop.drawing import DEFAULT_RECIPE, base_sampler, measures, pictures, settings_of, write_pictures
+from alignprop.drawing import (
+    DEFAULT_RECIPE,
+    adapter_folder,
+    base_sampler,
+    measures,
+    pictures,
+    settings_of,
+    write_pictures,
+)
 from alignprop.terminal import (
     FAILED,
     INTERRUPTED,
@@ -58,6 +67,13 @@ AdapterFolder: TypeAlias = Annotated[
 ]
 Steps: TypeAlias = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
 Guidance: TypeAlias = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance.")]
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    KOHYA = "kohya"
+    MERGED = "merged"
 
 
 def main() -> None:
@@ -172,7 +188,9 @@ def sample(
             base = [(text, pictures(sampler, text, num, seed)) for text in prompt] if compare or not folder else []
             adapted = []
             if folder is not None:
-                sampler.pipeline.load_lora_weights(folder)
+                from alignprop.adapter_files import load_adapter
+
+                load_adapter(sampler.pipeline, folder)
                 mark = " (adapter)" if compare else ""
                 adapted = [(text + mark, pictures(sampler, text, num, seed)) for text in prompt]
             pairs = (
@@ -201,6 +219,7 @@ def evaluate(
     [bold]alignprop evaluate --adapter runs/mine/adapter --prompts animals --reward emoji-clip --json[/]
     """
     with errors_told():
+        from alignprop.adapter_files import load_adapter
         from alignprop.evaluation import evaluate as measure
 
         adapter = adapter or run
@@ -209,8 +228,8 @@ def evaluate(
             rewards, sets = measures(settings_of(adapter), reward, prompts, sampler.pipeline.device)
         results: dict[str, Any] = {}
         for label in ("base", "adapter") if folder else ("base",):
-            if label == "adapter":
-                sampler.pipeline.load_lora_weights(folder)
+            if label == "adapter" and folder is not None:
+                load_adapter(sampler.pipeline, folder)
             for name, chosen in sets.items():
                 with status(f"Measuring: {label}, {name} prompts"):
                     result = measure(sampler, chosen, rewards, images_per_prompt=images_per_prompt)
@@ -222,6 +241,35 @@ def evaluate(
         else:
             for name, by_label in results.items():
                 console().print(comparison(name, by_label))
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an adapter's.")],
+    out: Annotated[Path | None, typer.Option(metavar="PATH", help="The file, or for merged the folder.")] = None,
+    format: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.KOHYA,
+    pipeline: Annotated[
+        str | None, typer.Option(help="Class of the pipeline, for an adapter from elsewhere: FluxPipeline.")
+    ] = None,
+    model: ModelName = None,
+) -> None:
+    """Write an adapter for other programs: as kohya, A1111 and ComfyUI name it, or merged into the full model.
+
+    [bold]alignprop export runs/mine[/]
+
+    [bold]alignprop export runs/mine --format merged --out my-model[/]
+    """
+    with errors_told():
+        from alignprop.export import save_kohya, save_merged
+
+        folder = adapter_folder(adapter)
+        if format is ExportFormat.KOHYA:
+            written = save_kohya(folder, out or folder / "kohya.safetensors", pipeline)
+        else:
+            with loading():
+                sampler, _ = base_sampler(model, adapter, None, None)
+            written = save_merged(sampler.pipeline, folder, out or folder.parent / "merged")
+        tell(f"Wrote {escape(str(written))}")
 
 
 @app.command()

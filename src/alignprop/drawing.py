@@ -34,20 +34,18 @@ def settings_of(adapter: Path | None) -> Config | None:
     return None
 
 
-def _adapter_folder(adapter: Path | None) -> Path | None:
-    """The folder with the adapter's file.
+def adapter_folder(adapter: Path) -> Path:
+    """The folder with the adapter's file, given it or its run.
 
     Raises:
         ValueError: there is none.
     """
-    if adapter is None:
-        return None
-    from alignprop.adapters import ADAPTER_FILE
+    from alignprop.adapter_files import DIFFUSERS_FILE, holds_adapter
 
     for folder in (adapter, adapter / "adapter"):
-        if (folder / ADAPTER_FILE).is_file():
+        if holds_adapter(folder):
             return folder
-    raise ValueError(f"adapter={str(adapter)!r} holds no {ADAPTER_FILE}: give an adapter's folder or a run's.")
+    raise ValueError(f"adapter={str(adapter)!r} holds no {DIFFUSERS_FILE}: give an adapter's folder or a run's.")
 
 
 def base_sampler(
@@ -57,7 +55,7 @@ def base_sampler(
     from alignprop.config import Config, Model, check_call, load_pipeline, read_config, recipe_path
     from alignprop.rollout import Sampler
 
-    folder = _adapter_folder(adapter)
+    folder = adapter_folder(adapter) if adapter is not None else None
     config = settings_of(adapter)
     if config is None:
         config = Config() if model not in (None, "emoji") else read_config(recipe_path(DEFAULT_RECIPE))

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from alignprop import distributed
 from alignprop.pictures import save_grid
 from alignprop.pixels import to_pil
-from alignprop.rewards import Reward, check_scores
+from alignprop.rewards import Reward, check_scores, score, stills
 from alignprop.rollout import Sampler
 from alignprop.runfolder import RunFolder
 from alignprop.trainer import Callback, Metrics, Trainer
@@ -26,7 +27,7 @@ class Evaluated:
 
     Attributes:
         prompts: the N prompts.
-        images: (N, S, 3, H, W) in [0, 1], S pictures of each prompt.
+        images: (N, S, 3, H, W) in [0, 1], S pictures of each prompt; or videos, or waveforms, likewise.
         scores: (N, S) by the reward's name.
     """
 
@@ -116,9 +117,17 @@ def evaluate(
 
 
 def _scored(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    scores = reward(images, prompts)
+    scores = score(reward, images, prompts)
     check_scores(scores, images, name, prompts)
     return scores.float().cpu()
+
+
+def _draw(result: Evaluated, path: Path) -> None:
+    """Write the grid of an evaluation, of the middle frames of videos and of nothing for sound."""
+    columns = [stills(samples) for samples in result.images]
+    pictures = [to_pil(column) for column in columns if column is not None]
+    if pictures:
+        save_grid(pictures, result.prompts, path)
 
 
 @dataclass
@@ -199,8 +208,7 @@ class Evaluation(Callback):
             trainer.best = {name: value.detach().clone() for name, value in trainer.evaluated_weights().items()}
         if distributed.process().is_main_process:
             for name, result in results.items():
-                columns = [to_pil(images) for images in result.images]
-                save_grid(columns, result.prompts, self.folder.samples(trainer.step) / f"{name}.png")
+                _draw(result, self.folder.samples(trainer.step) / f"{name}.png")
             if line["kept"]:
                 self._save(trainer, trainer.evaluated_weights(), trainer.step)
             self.folder.evaluations.append({**line, "seconds": time.perf_counter() - began})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -74,3 +74,15 @@ def from_pil(pictures: Sequence[Image.Image]) -> Tensor:
     """Turn Pillow images of one size into a float32 tensor in [0, 1], shape (B, 3, H, W)."""
     pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def from_output(pictures: Any) -> Tensor:
+    """Turn what a pipeline returned into a float32 tensor.
+
+    Args:
+        pictures: A tensor, which only changes its dtype, or what pipelines return that know no tensors: an array
+            (B, H, W, 3) in [0, 1].
+    """
+    if isinstance(pictures, Tensor):
+        return pictures.float()
+    return torch.from_numpy(np.asarray(pictures)).movedim(-1, -3).float()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignprop.adapters import Adapter
+from alignprop.adapters import Trainable
 from alignprop.rewards import WeightedSum, check_scores
 from alignprop.rollout import Rollout, Sampler
 from alignprop.seams import CHECKPOINTING_MODES, Checkpointing, swapped
@@ -38,7 +38,7 @@ class ProbeError(ValueError):
 
 def probe(
     sampler: Sampler,
-    adapter: Adapter,
+    adapter: Trainable,
     reward: WeightedSum,
     prompts: Sequence[str],
     *,
@@ -91,7 +91,7 @@ def _finding(name: str, check: Callable[[], str]) -> Finding:
 def _scheduler(pipeline: Any) -> str:
     config = pipeline.scheduler.config
     name = type(pipeline.scheduler).__name__
-    for setting in ("clip_sample", "thresholding"):
+    for setting in ("clip_sample", "clip_denoised", "thresholding"):
         if config.get(setting):
             raise ValueError(
                 f"{name} has {setting}=True, which zeroes the gradient where it clips: "
@@ -115,7 +115,7 @@ def _same_picture(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]
 
 
 def _live_gradient(
-    sampler: Sampler, adapter: Adapter, prompts: Sequence[str], seeds: Sequence[int], mode: Checkpointing
+    sampler: Sampler, adapter: Trainable, prompts: Sequence[str], seeds: Sequence[int], mode: Checkpointing
 ) -> str:
     calls: list[Tensor] = []
     with ExitStack() as stack:
@@ -165,7 +165,7 @@ def _reward(sampler: Sampler, reward: WeightedSum, prompts: Sequence[str], seeds
 
 def _checkpointing(
     sampler: Sampler,
-    adapter: Adapter,
+    adapter: Trainable,
     prompts: Sequence[str],
     seeds: Sequence[int],
     modes: Sequence[Checkpointing],
@@ -204,7 +204,7 @@ def _is_zero(gradient: Tensor | None) -> bool:
     return gradient is None or not gradient.any()
 
 
-def _perturbed(adapter: Adapter) -> dict[str, Tensor]:
+def _perturbed(adapter: Trainable) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: parameter.detach() + 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)

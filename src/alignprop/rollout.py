@@ -1,6 +1,7 @@
 """One differentiable sampling: the pipeline's own call, run through the seams."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,9 @@ class Rollout:
     """What one sampling gave.
 
     Attributes:
-        pixels: (B, 3, H, W) in [0, 1], with gradient, in float32 or wider. Clamped straight through: values outside
-            the decoder's range are cut off, their gradient is passed on.
+        pixels: with gradient, in float32 or wider: pictures (B, 3, H, W) or frames (B, F, 3, H, W) in [0, 1], or
+            waveforms (B, C, N). Pixels are clamped straight through: values outside the decoder's range are cut off,
+            their gradient is passed on.
         latents: what the decoder received, detached.
         num_steps: denoising steps run, counted in scheduler steps.
         live_steps: how many of the last of them carry gradient.
@@ -65,10 +67,9 @@ def rollout(
         ValueError: ``live_steps`` does not fit the number of denoising steps, or the call decoded nothing.
     """
     spec = spec or spec_of(pipeline)
-    quiet = {**getattr(pipeline, "_progress_bar_config", {}), "disable": True}
     with (
         torch.enable_grad(),  # what the seams switch on must not outlive the call
-        swapped(pipeline, "_progress_bar_config", quiet),
+        _quiet(pipeline),
         gradient_seams(pipeline, spec, _live(live_steps), _mode(checkpointing)) as trace,
     ):
         output = pipeline(*args, **kwargs)
@@ -76,8 +77,7 @@ def rollout(
             raise ValueError(
                 f"{type(pipeline).__name__} decoded no picture: leave output_type at 'pt', 'np' or 'pil', not 'latent'."
             )
-        images = pixels.to_unit(_at_least_float32(trace.decoded), spec.value_range)
-        images = pixels.clamp_straight_through(images)
+        images = _for_rewards(trace.decoded, spec, output)
         trace.decoded = None  # the graph belongs to the caller alone
     return Rollout(
         pixels=images,
@@ -91,9 +91,28 @@ def rollout(
     )
 
 
-def _at_least_float32(decoded: Tensor) -> Tensor:
-    """Rewards see what evaluation sees, whatever the decoder's dtype."""
-    return decoded.to(torch.promote_types(decoded.dtype, torch.float32))
+def _quiet(pipeline: Any) -> AbstractContextManager[None]:
+    """Without the progress bar of each call."""
+    config = {**getattr(pipeline, "_progress_bar_config", {}), "disable": True}
+    return swapped(pipeline, "_progress_bar_config", config)
+
+
+def _for_rewards(decoded: Tensor, spec: PipelineSpec, output: Any) -> Tensor:
+    """What the decoder gave, as rewards and evaluation see it, whatever the decoder's dtype."""
+    decoded = decoded.to(torch.promote_types(decoded.dtype, torch.float32))
+    if decoded.ndim == 3:  # a waveform, of which the pipeline returns the length that was asked for
+        return decoded[..., : output[0].shape[-1]]
+    if decoded.ndim == 5:
+        decoded = decoded.transpose(1, 2)
+        if _gives_pictures(output):
+            decoded = decoded[:, 0]
+    return pixels.clamp_straight_through(pixels.to_unit(decoded, spec.value_range))
+
+
+def _gives_pictures(output: Any) -> bool:
+    """Whether a pipeline returns pictures though its decoder makes videos, of one frame then."""
+    first = output[0][0]
+    return not isinstance(first, list) and getattr(first, "ndim", 3) == 3  # a PIL picture has no such attribute
 
 
 def _live(live_steps: int | Callable[[int], int] | None) -> Callable[[int], int]:
@@ -142,18 +161,22 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], **changes: Any) -> Tensor:
-        """Sample with the plain pipeline; (B, 3, H, W) in [0, 1] in float32."""
-        quiet = {**getattr(self.pipeline, "_progress_bar_config", {}), "disable": True}
-        decoder = (self.spec or spec_of(self.pipeline)).decoder_of(self.pipeline)
-        with swapped(self.pipeline, "_progress_bar_config", quiet), decoding_in_own_dtype(decoder):
-            images: Tensor = self.pipeline(**{**self._arguments(prompts, seeds), **changes}).images
-        return images.float()
+        """Sample with the plain pipeline, without gradient; shaped as :attr:`Rollout.pixels`, in float32."""
+        decoder = self._spec.decoder_of(self.pipeline)
+        with _quiet(self.pipeline), decoding_in_own_dtype(decoder):
+            output = self.pipeline(**{**self._arguments(prompts, seeds), **changes})
+        return pixels.from_output(output[0])
+
+    @property
+    def _spec(self) -> PipelineSpec:
+        return self.spec or spec_of(self.pipeline)
 
     def _arguments(self, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
         negative = self.call.get("negative_prompt")
         # One generator a picture: the same seed gives the same picture whatever else is in the batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        arguments = {**self.call, "prompt": list(prompts), "generator": generators, "output_type": "pt"}
-        if isinstance(negative, str):
-            arguments["negative_prompt"] = [negative] * len(prompts)
+        conditions = self._spec.conditions(self.pipeline, prompts)
+        arguments = {**self.call, **conditions, "generator": generators, "output_type": self._spec.output_type}
+        if negative is not None:  # a list of its own: Z-Image writes into the one it is given
+            arguments["negative_prompt"] = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         return arguments

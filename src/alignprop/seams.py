@@ -2,7 +2,8 @@
 
 The seams are instance attributes, put in place for one sampling and taken away afterwards whatever happens:
 
-1. ``denoiser.forward``: gradient on in the live denoising steps and off in the others, activation checkpointing.
+1. ``denoiser.forward``: gradient on in the live denoising steps and off in the others, activation checkpointing;
+   before it ``text_encoder.forward``, if that is trained as well.
 2. ``scheduler.step``: counts the denoising steps.
 3. ``decoder.decode``: keeps the pixels with their graph and hands the pipeline a detached copy.
 """
@@ -27,6 +28,8 @@ CHECKPOINTING_MODES: tuple[Checkpointing, ...] = get_args(Checkpointing)
 _ABSENT = object()
 _ORIGINAL = "_alignprop_original"
 """Attribute of what stands in a seam: what stood there before, on which a nested sampling builds."""
+_INEXACT_SWITCHES = ("ChromaTransformer2DModel",)
+"""Models that leave out the attention mask when they checkpoint their blocks, which changes what they compute."""
 _LATENT_ARGUMENTS = ("sample", "hidden_states", "x", "latents")
 
 
@@ -122,17 +125,23 @@ def gradient_seams(
     with ExitStack() as stack:
         stack.enter_context(swapped(pipeline, "_num_timesteps", None))  # forget the previous call's
         stack.enter_context(swapped(pipeline, "scheduler", scheduler))
-        stack.enter_context(_seam(scheduler, "step", _counted_step(scheduler.step, trace)))
+        stack.enter_context(_seam(scheduler, "step", _counted_step(scheduler.step, trace, spec.decoder is None)))
         for denoiser in spec.denoisers_of(pipeline):
             stack.enter_context(_seam(denoiser, "forward", _gated_forward(denoiser, trace, begin)))
-        decoder = spec.decoder_of(pipeline)
-        stack.enter_context(_seam(decoder, "decode", _kept_decode(decoder, trace)))
+        for encoder in spec.text_encoders_of(pipeline).values():
+            if any(parameter.requires_grad for parameter in encoder.parameters()):
+                stack.enter_context(_seam(encoder, "forward", _live_forward(encoder)))
+        if (decoder := spec.decoder_of(pipeline)) is not None:
+            stack.enter_context(_seam(decoder, "decode", _kept_decode(decoder, trace)))
         yield trace
 
 
 @contextmanager
-def decoding_in_own_dtype(decoder: nn.Module) -> Iterator[None]:
+def decoding_in_own_dtype(decoder: nn.Module | None) -> Iterator[None]:
     """Let a decoder in fp32 follow a denoiser in fp16, which pipelines do not expect."""
+    if decoder is None:
+        yield
+        return
     decode: Callable[..., Any] = _unpatched(decoder.decode)
 
     @functools.wraps(decode)
@@ -160,14 +169,28 @@ def _dtype_of(decoder: nn.Module) -> torch.dtype:
     return next(decoder.parameters()).dtype
 
 
-def _counted_step(step: Callable[..., Any], trace: Trace) -> Callable[..., Any]:
+def _counted_step(step: Callable[..., Any], trace: Trace, gives_pixels: bool) -> Callable[..., Any]:
     @functools.wraps(step)  # pipelines look at the signature to decide whether to pass eta and generator
     def counted(*args: Any, **kwargs: Any) -> Any:
         output = step(*args, **kwargs)
         trace.step += 1
+        if gives_pixels and trace.step == trace.num_steps:
+            return _kept(output, output[0].detach(), trace)
         return output
 
     return counted
+
+
+def _live_forward(encoder: nn.Module) -> Callable[..., Any]:
+    """Gradient on from a text encoder that is trained to the denoiser, through what the pipeline does in between."""
+    forward = _unpatched(encoder.forward)
+
+    @functools.wraps(forward)
+    def live(*args: Any, **kwargs: Any) -> Any:
+        torch.set_grad_enabled(True)
+        return forward(*args, **kwargs)
+
+    return live
 
 
 def _gated_forward(denoiser: nn.Module, trace: Trace, begin: Callable[[], None]) -> Callable[..., Any]:
@@ -214,16 +237,22 @@ def _kept_decode(decoder: nn.Module, trace: Trace) -> Callable[..., Any]:
 
     @functools.wraps(decode)
     def kept(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with block_checkpointing(decoder, enabled=trace.is_blockwise):
+        with block_checkpointing(decoder, enabled=trace.is_blockwise and bool(_switches(decoder))):
             # The decoder may be kept in fp32 beside an fp16 denoiser.
             output = decode(latents.to(_dtype_of(decoder)), *args, **kwargs)
-        trace.latents = latents.detach()
-        trace.decoded = output[0]
-        # Detached, since pipelines turn pictures into numpy or PIL, which a graph forbids; a copy, since some write
-        # into it (a safety checker blanks what it flags).
-        return _with_first(output, output[0].detach().clone())
+        return _kept(output, latents.detach(), trace)
 
     return kept
+
+
+def _kept(output: Any, latents: Tensor, trace: Trace) -> Any:
+    """Keep the pixels, the first entry of the output, and hand on a detached copy.
+
+    Detached, since pipelines turn pictures into numpy or PIL, which a graph forbids; a copy, since some write into it
+    (a safety checker blanks what it flags).
+    """
+    trace.latents, trace.decoded = latents, output[0]
+    return _with_first(output, output[0].detach().clone())
 
 
 def _with_first(output: Any, value: Tensor) -> Any:
@@ -240,7 +269,7 @@ def block_checkpointing(model: nn.Module, *, enabled: bool = True) -> Iterator[N
     if not enabled:
         yield
         return
-    switches = [module for module in model.modules() if "gradient_checkpointing" in vars(module)]
+    switches = _switches(model)
     if not switches:
         raise ValueError(
             f"checkpointing='block' needs a model with gradient checkpointing, and {type(model).__name__} has none: "
@@ -248,10 +277,30 @@ def block_checkpointing(model: nn.Module, *, enabled: bool = True) -> Iterator[N
         )
     with ExitStack() as stack:
         for module in switches:
+            if type(module).__name__ in _INEXACT_SWITCHES:
+                for block in _listed_blocks(module):
+                    forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                    stack.enter_context(swapped(block, "forward", forward))
+                continue
             stack.enter_context(swapped(module, "gradient_checkpointing", True))
             stack.enter_context(swapped(module, "_gradient_checkpointing_func", _checkpointed_call))
         yield
 
 
-def _checkpointed_call(module: nn.Module, *args: Any) -> Any:
-    return checkpoint(module.__call__, *args, use_reentrant=False)
+def _switches(model: nn.Module) -> list[nn.Module]:
+    """The modules that can checkpoint their blocks. Some decoders have none."""
+    return [module for module in model.modules() if "gradient_checkpointing" in vars(module)]
+
+
+def _listed_blocks(module: nn.Module) -> list[nn.Module]:
+    """The members of its lists of modules."""
+    return [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def _checkpointed_call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Entered again when the block is recomputed, where the switches of the blocks within it are back as they were.
+        with block_checkpointing(block, enabled=bool(_switches(block))):
+            return block(*args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)

@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from alignprop import distributed
-from alignprop.adapters import Adapter, Lora
+from alignprop.adapters import Full, Lora, Trainable
 from alignprop.estimators import AlignProp, Estimate, Estimator
 from alignprop.memory import peak_resident_bytes
 from alignprop.prompts import batch as prompt_batch
@@ -88,7 +88,7 @@ class Trainer:
         accumulation: micro-batches of a step.
         seed: of everything random.
         spec: the pipeline's parts, where they cannot be known.
-        lora: the adapter's settings.
+        lora: the adapter's settings, or that all of the denoiser is trained.
         optimizer: the optimizer's settings.
         estimator: turns rollouts into gradients.
         callbacks: called in their order.
@@ -102,7 +102,7 @@ class Trainer:
     batch_size: int = 4
     accumulation: int = 1
     seed: int = 0
-    lora: Lora = field(default_factory=Lora)
+    lora: Lora | Full = field(default_factory=Lora)
     optimizer: Optimizer = field(default_factory=Optimizer)
     estimator: Estimator = field(default_factory=AlignProp)
     callbacks: Sequence[Callback] = ()
@@ -114,7 +114,7 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None  # what an evaluation found best, kept for a run that is resumed
         self.objective = as_weighted_sum(self.reward)
         self.sampler = Sampler(self.pipeline, self.call, self.spec)
-        self.adapter = Adapter(self.pipeline, self.lora, spec=self.spec, seed=self.seed)
+        self.adapter: Trainable = self.lora.attach(self.pipeline, spec=self.spec, seed=self.seed)
         self.parameters = self.adapter.parameters
         settings, values = self.optimizer, list(self.parameters.values())
         self.adamw = torch.optim.AdamW(

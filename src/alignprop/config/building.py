@@ -42,7 +42,7 @@ def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -
     """
     import torch
 
-    from alignprop.adapters import Lora
+    from alignprop.adapters import Full, Lora
     from alignprop.prompts import load_prompts
     from alignprop.rewards import WeightedSum
     from alignprop.trainer import Optimizer, Trainer
@@ -62,7 +62,7 @@ def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -
         reward=reward,
         prompts=prompts.train,
         call=config.sampling.call(),
-        lora=Lora(**config.adapter.model_dump()),
+        lora=Full() if config.adapter.kind == "full" else Lora(**config.adapter.model_dump(exclude={"kind"})),
         optimizer=Optimizer(**config.optimizer.model_dump()),
         estimator=_estimator(config),
         callbacks=[*_callbacks(config, folder, prompts, judges), *callbacks],
@@ -88,7 +88,8 @@ def load_pipeline(model: Model) -> Any:
     if model.dtype == "fp16":
         from alignprop.spec import spec_of
 
-        spec_of(pipeline).decoder_of(pipeline).to(torch.float32)
+        if (decoder := spec_of(pipeline).decoder_of(pipeline)) is not None:
+            decoder.to(torch.float32)
     _set_scheduler(pipeline, model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device_of(model))
@@ -163,10 +164,19 @@ def load_terms(terms: Mapping[str, JudgeTerm], device: torch.device | str) -> di
     """Load rewards, and move those that are models to the pipeline's device."""
     from torch import nn
 
-    from alignprop.rewards import load_reward
-
-    rewards = {name: load_reward(term.target or name, **term.arguments) for name, term in terms.items()}
+    rewards = {name: _load_term(name, term) for name, term in terms.items()}
     return {name: reward.to(device) if isinstance(reward, nn.Module) else reward for name, reward in rewards.items()}
+
+
+def _load_term(name: str, term: JudgeTerm) -> Reward:
+    from alignprop.rewards import OnFrames, load_reward, modality_of
+
+    reward = load_reward(term.target or name, **term.arguments)
+    if term.frames is None:
+        return reward
+    if modality_of(reward) != "image":
+        raise ConfigError([f"rewards.{name}.frames={term.frames}: the reward takes whole videos; leave it out."])
+    return OnFrames(reward, term.frames)
 
 
 def device_of(model: Model) -> torch.device:

@@ -73,12 +73,18 @@ class Sampling(Section):
 
 
 class AdapterSettings(Section):
-    """The LoRA that is trained; see :class:`alignprop.adapters.Lora`."""
+    """What is trained.
 
+    Attributes:
+        kind: a LoRA (see :class:`alignprop.adapters.Lora`, of which the other settings are), or the full denoiser.
+    """
+
+    kind: Literal["lora", "full"] = "lora"
     rank: Count = 4
     alpha: Positive | None = None
     dropout: Fraction = 0.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    text_encoders: bool = False
 
 
 class AllSteps(Section):
@@ -135,10 +141,12 @@ class JudgeTerm(Section):
     Attributes:
         target: ``module:attribute``, where the key is a name of your own choice.
         arguments: of the reward.
+        frames: of a video on which a reward of pictures is applied, evenly spaced.
     """
 
     target: str | None = None
     arguments: dict[str, Any] = {}
+    frames: Count | None = None
 
 
 class RewardTerm(JudgeTerm):

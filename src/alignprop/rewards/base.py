@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
+from alignprop.rewards.modality import score
+
 
 class Reward(Protocol):
-    """Any callable that scores images; a plain function is enough."""
+    """Any callable that scores images; a plain function is enough.
+
+    One that scores videos or sound has an attribute ``modality``, ``"video"`` or ``"audio"``, and gets frames
+    (B, F, 3, H, W) in [0, 1] or waveforms (B, C, N) in place of images.
+    """
 
     def __call__(self, images: Tensor, prompts: Sequence[str], /) -> Tensor:
         """Score each image.
@@ -54,7 +60,7 @@ class WeightedSum(nn.Module):
 
     def components(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score each reward alone, unweighted: by name, each of shape (B,)."""
-        return {name: reward(images, prompts) for name, reward in self.rewards.items()}
+        return {name: score(reward, images, prompts) for name, reward in self.rewards.items()}
 
     def combine(self, components: Mapping[str, Tensor]) -> Tensor:
         """Add up what `components` returned, with the weights."""

@@ -1,5 +1,6 @@
 """Adapters for other programs, read back by readers that know nothing of this library."""
 
+import functools
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from alignprop.adapters import Adapter, Lora
 from alignprop.export import read_updates, save_kohya, save_merged
 from alignprop.rollout import Sampler
 from zoo import ROWS
+from zoo import parts_stable_diffusion as parts
 
 SEEDS = [0, 1]
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -39,9 +41,15 @@ def row(name):
     return next(row for row in ROWS if row.name == name)
 
 
-@pytest.mark.parametrize("name", ["Stable Diffusion 1.5", "Stable Diffusion XL"])
+@pytest.fixture
+def two_layers_a_block(monkeypatch):
+    """As the real models have, whose blocks the names number."""
+    monkeypatch.setattr(parts, "unet", functools.partial(parts.unet, layers_per_block=2))
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion 1.5", "SDXL"])
 @pytest.mark.parametrize("targets", [TARGETS[:4], TARGETS])
-def test_diffusers_reads_the_kohya_file_of_a_unet(tmp_path, name, targets):
+def test_diffusers_reads_the_kohya_file_of_a_unet(tmp_path, two_layers_a_block, name, targets):
     build, call = row(name).build, row(name).call
     pipeline = build(torch.float32)
     base = pictures(pipeline, call)
@@ -53,8 +61,8 @@ def test_diffusers_reads_the_kohya_file_of_a_unet(tmp_path, name, targets):
     assert (pictures(clean, call) - base).abs().max() > 1e-3
 
 
-def test_the_names_are_those_that_the_trainers_write(tmp_path):
-    pipeline = row("Stable Diffusion XL").build(torch.float32)
+def test_the_names_are_those_that_the_trainers_write(tmp_path, two_layers_a_block):
+    pipeline = row("SDXL").build(torch.float32)
     saved(pipeline, tmp_path)
     names = load_file(save_kohya(tmp_path, tmp_path / "kohya.safetensors"))
     assert "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in names

@@ -170,7 +170,8 @@ def load_adapter(pipeline: Any, folder: Path, *, spec: PipelineSpec | None = Non
     if reads_lora_files(pipeline, spec):
         _require(folder / DIFFUSERS_FILE)
         pipeline.load_lora_weights(folder, weight_name=DIFFUSERS_FILE)
-        if len(spec.denoisers) > 1 and (folder / SECOND_FILE).is_file():
+        if len(spec.denoisers) > 1:
+            _require(folder / SECOND_FILE)
             pipeline.load_lora_weights(folder, weight_name=SECOND_FILE, load_into_transformer_2=True)
         return
     for part, denoiser in zip(spec.denoisers, spec.denoisers_of(pipeline), strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from alignprop.seams import Checkpointing
+from alignprop.seams import Checkpointing, NoBlocksError
 
 FASTEST_FIRST: tuple[Checkpointing, ...] = ("none", "block", "step", "nested")
 
@@ -129,8 +129,8 @@ def plan_memory(
     for mode in FASTEST_FIRST:
         try:
             one, two = (peak_bytes(lambda live=live, mode=mode: run(live, mode), device) for live in (1, 2))  # type: ignore[misc]
-        except torch.OutOfMemoryError:
-            continue  # that one does not fit, which is known now
+        except (torch.OutOfMemoryError, NoBlocksError):
+            continue  # that one does not fit, or the model has no such blocks
         costs[mode] = (one, max(two - one, 0))
         if plan.predict(mode, max_live_steps) <= limit:
             break

@@ -73,15 +73,16 @@ def rollout(
         gradient_seams(pipeline, spec, _live(live_steps), _mode(checkpointing)) as trace,
     ):
         output = pipeline(*args, **kwargs)
-        if trace.decoded is None or trace.latents is None:
+        if not trace.decoded:
             raise ValueError(
                 f"{type(pipeline).__name__} decoded no picture: leave output_type at 'pt', 'np' or 'pil', not 'latent'."
             )
-        images = _for_rewards(trace.decoded, spec, output)
-        trace.decoded = None  # the graph belongs to the caller alone
+        images = _for_rewards(_whole(trace.decoded, output), spec, output, _first_sample(pipeline, kwargs))
+        latents = _whole(trace.latents, output)
+        trace.decoded.clear()  # the graph belongs to the caller alone
     return Rollout(
         pixels=images,
-        latents=trace.latents,
+        latents=latents,
         num_steps=trace.num_steps,
         live_steps=trace.live_steps,
         calls=trace.calls,
@@ -97,11 +98,29 @@ def _quiet(pipeline: Any) -> AbstractContextManager[None]:
     return swapped(pipeline, "_progress_bar_config", config)
 
 
-def _for_rewards(decoded: Tensor, spec: PipelineSpec, output: Any) -> Tensor:
+def _whole(calls: list[Tensor], output: Any) -> Tensor:
+    """What went into the decoder or came out of it for this output: the last call, unless it took a part of a video.
+
+    Some pipelines decode videos as pictures, a few frames a call (AnimateDiff).
+    """
+    if calls[-1].ndim != 4 or _gives_pictures(output):
+        return calls[-1]
+    num_videos, num_frames = len(output[0]), len(output[0][0])
+    frames = torch.cat(calls)[-num_videos * num_frames :]
+    return frames.reshape(num_videos, num_frames, *frames.shape[1:]).transpose(1, 2)
+
+
+def _first_sample(pipeline: Any, arguments: Mapping[str, Any]) -> int:
+    """Where the sound that is returned begins in the one that is decoded."""
+    start = arguments.get("audio_start_in_s")
+    return int(start * pipeline.vae.config.sampling_rate) if start else 0
+
+
+def _for_rewards(decoded: Tensor, spec: PipelineSpec, output: Any, first_sample: int) -> Tensor:
     """What the decoder gave, as rewards and evaluation see it, whatever the decoder's dtype."""
     decoded = decoded.to(torch.promote_types(decoded.dtype, torch.float32))
-    if decoded.ndim == 3:  # a waveform, of which the pipeline returns the length that was asked for
-        return decoded[..., : output[0].shape[-1]]
+    if decoded.ndim == 3:  # a waveform, of which the pipeline returns what was asked for
+        return decoded[..., first_sample : first_sample + output[0].shape[-1]]
     if decoded.ndim == 5:
         decoded = decoded.transpose(1, 2)
         if _gives_pictures(output):

@@ -12,7 +12,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,6 +33,10 @@ _INEXACT_SWITCHES = ("ChromaTransformer2DModel",)
 _LATENT_ARGUMENTS = ("sample", "hidden_states", "x", "latents")
 
 
+class NoBlocksError(ValueError):
+    """The model cannot checkpoint its blocks."""
+
+
 @dataclass
 class Trace:
     """What the seams saw during one sampling.
@@ -44,8 +48,8 @@ class Trace:
         step: scheduler steps done so far.
         calls: denoiser calls so far.
         live_calls: those of them that carried gradient.
-        latents: what the decoder received, detached.
-        decoded: what the decoder returned, with its graph.
+        latents: what the decoder received in each call, detached.
+        decoded: what the decoder returned in each call, with its graph.
     """
 
     num_steps: int = 0
@@ -54,8 +58,8 @@ class Trace:
     step: int = 0
     calls: int = 0
     live_calls: int = 0
-    latents: Tensor | None = None
-    decoded: Tensor | None = None
+    latents: list[Tensor] = field(default_factory=list)
+    decoded: list[Tensor] = field(default_factory=list)
 
     @property
     def is_live(self) -> bool:
@@ -133,12 +137,13 @@ def gradient_seams(
                 stack.enter_context(_seam(encoder, "forward", _live_forward(encoder)))
         if (decoder := spec.decoder_of(pipeline)) is not None:
             stack.enter_context(_seam(decoder, "decode", _kept_decode(decoder, trace)))
+            stack.enter_context(encoding_in_own_dtype(decoder))
         yield trace
 
 
 @contextmanager
 def decoding_in_own_dtype(decoder: nn.Module | None) -> Iterator[None]:
-    """Let a decoder in fp32 follow a denoiser in fp16, which pipelines do not expect."""
+    """Let a decoder in fp32 follow a denoiser in fp16, which pipelines do not expect, nor of its encoder."""
     if decoder is None:
         yield
         return
@@ -148,7 +153,27 @@ def decoding_in_own_dtype(decoder: nn.Module | None) -> Iterator[None]:
     def cast(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         return decode(latents.to(_dtype_of(decoder)), *args, **kwargs)
 
-    with _seam(decoder, "decode", cast):
+    with _seam(decoder, "decode", cast), encoding_in_own_dtype(decoder):
+        yield
+
+
+@contextmanager
+def encoding_in_own_dtype(decoder: nn.Module) -> Iterator[None]:
+    """Let the encoder of a pipeline that starts from a picture take it in the denoiser's dtype and answer in it."""
+    encode = _unpatched(getattr(decoder, "encode", None))
+    if encode is None:
+        yield
+        return
+
+    @functools.wraps(encode)
+    def cast(images: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = encode(images.to(_dtype_of(decoder)), *args, **kwargs)
+        posterior = output[0]
+        if images.dtype == _dtype_of(decoder) or not hasattr(posterior, "parameters"):
+            return output
+        return _with_first(output, type(posterior)(posterior.parameters.to(images.dtype)))
+
+    with _seam(decoder, "encode", cast):
         yield
 
 
@@ -251,11 +276,12 @@ def _kept(output: Any, latents: Tensor, trace: Trace) -> Any:
     Detached, since pipelines turn pictures into numpy or PIL, which a graph forbids; a copy, since some write into it
     (a safety checker blanks what it flags).
     """
-    trace.latents, trace.decoded = latents, output[0]
+    trace.latents.append(latents)
+    trace.decoded.append(output[0])
     return _with_first(output, output[0].detach().clone())
 
 
-def _with_first(output: Any, value: Tensor) -> Any:
+def _with_first(output: Any, value: Any) -> Any:
     """A decoder's output (a tuple or a diffusers BaseOutput) with its first entry replaced."""
     if isinstance(output, tuple):
         return (value, *output[1:])
@@ -271,7 +297,7 @@ def block_checkpointing(model: nn.Module, *, enabled: bool = True) -> Iterator[N
         return
     switches = _switches(model)
     if not switches:
-        raise ValueError(
+        raise NoBlocksError(
             f"checkpointing='block' needs a model with gradient checkpointing, and {type(model).__name__} has none: "
             "use checkpointing='step'."
         )

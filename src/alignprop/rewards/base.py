@@ -91,6 +91,8 @@ def check_scores(scores: Tensor, images: Tensor, name: str, prompts: Sequence[st
         ValueError: The scores are no float tensor of shape (B,), not finite, or cut off from the pixels.
     """
     batch = len(images)
+    if prompts and len(prompts) != batch:
+        raise ValueError(f"{batch} images were made for {len(prompts)} prompts: one of each is needed.")
     if not isinstance(scores, Tensor):
         raise ValueError(f"reward {name!r} returned {scores!r}; return a tensor of shape ({batch},).")
     if scores.shape != (batch,):

@@ -405,9 +405,9 @@ def test_emoji_rewards_gradient_agrees_with_finite_differences(name):
     assert (gradient * direction).sum().item() == pytest.approx(difference, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", [name for name, card in REWARDS.items() if not card.downloads])
 def test_every_named_reward_keeps_the_contract(name):
-    """A new row of the table inherits this."""
+    """A new row of the table inherits this; those that download their weights are tested by files of their own."""
     images = from_pil([drawing(64, 64, 5, seed) for seed in range(2)]).requires_grad_()
     scores = load_reward(name)(images, ["a cat", "a red car"])
     check_scores(scores, images, name, ["a cat", "a red car"])

@@ -12,6 +12,7 @@ import torch
 
 from alignprop.prompts import import_target
 from alignprop.rewards.base import Reward, WeightedSum, as_weighted_sum, check_scores, freeze
+from alignprop.rewards.modality import OnFrames, modality_of, score, stills
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class RewardCard:
         summary: What it measures.
         value_range: Its scores and their unit, in words.
         differentiable: Whether gradient reaches the pixels.
+        downloads: What it gets from the hub when it is first used; empty if all is in the package.
     """
 
     target: str
     summary: str
     value_range: str
     differentiable: bool = True
+    downloads: str = ""
 
 
 REWARDS = {
@@ -39,6 +42,60 @@ REWARDS = {
         "alignprop.rewards.emoji:EmojiClip",
         "agreement with the prompt, by the embedded CLIP",
         "cosine, -1 to 1",
+    ),
+    "laion-aesthetic": RewardCard(
+        "alignprop.rewards.laion_aesthetic:LaionAesthetic",
+        "rating of the picture, by LAION's aesthetic predictor v2",
+        "about 1 to 10",
+        downloads="1.7 GB (CLIP ViT-L/14)",
+    ),
+    "clip-score": RewardCard(
+        "alignprop.rewards.clip_score:ClipScore",
+        "agreement with the prompt, by any CLIP",
+        "cosine, -1 to 1",
+        downloads="1.7 GB (CLIP ViT-L/14)",
+    ),
+    "pickscore": RewardCard(
+        "alignprop.rewards.pickscore:PickScore",
+        "human preference, by PickScore",
+        "about 20",
+        downloads="3.9 GB (CLIP ViT-H/14)",
+    ),
+    "hpsv2": RewardCard(
+        "alignprop.rewards.hpsv2:hpsv2",
+        "human preference, by HPS v2",
+        "cosine, about 0.2 to 0.3",
+        downloads="2.0 GB (CLIP ViT-H/14)",
+    ),
+    "hpsv2.1": RewardCard(
+        "alignprop.rewards.hpsv2:hpsv2_1",
+        "human preference, by HPS v2.1",
+        "cosine, about 0.2 to 0.4",
+        downloads="2.0 GB (CLIP ViT-H/14)",
+    ),
+    "image-reward": RewardCard(
+        "alignprop.rewards.image_reward:ImageReward",
+        "human preference, by ImageReward",
+        "standard deviations, about -2 to 2",
+        downloads="1.8 GB (BLIP ViT-L/16)",
+    ),
+    "image-classifier": RewardCard(
+        "alignprop.rewards.classifier:ImageClassifier",
+        "a label or its absence, by any image classifier",
+        "log-probability, below 0",
+        downloads="the model that is named",
+    ),
+    "objects": RewardCard(
+        "alignprop.rewards.objects:Objects",
+        "contains X, no X or n X, by an open-vocabulary detector",
+        "log-probability, below 0",
+        downloads="0.6 GB (OWLv2 base)",
+    ),
+    "vlm-question": RewardCard(
+        "alignprop.rewards.vlm:VlmQuestion",
+        "answer yes to a question about the picture, by a LLaVA",
+        "log-probability, below 0",
+        downloads="the model that is named",
     ),
     "jpeg-compressibility": RewardCard(
         "alignprop.rewards.jpeg:compressibility", "minus the size of a JPEG file, estimated", "kB, below 0"
@@ -97,4 +154,16 @@ def _apply(found: Any, name: str, arguments: dict[str, Any]) -> Any:
     return functools.partial(found, **arguments) if arguments else found
 
 
-__all__ = ["REWARDS", "Reward", "RewardCard", "WeightedSum", "as_weighted_sum", "check_scores", "load_reward"]
+__all__ = [
+    "REWARDS",
+    "OnFrames",
+    "Reward",
+    "RewardCard",
+    "WeightedSum",
+    "as_weighted_sum",
+    "check_scores",
+    "load_reward",
+    "modality_of",
+    "score",
+    "stills",
+]

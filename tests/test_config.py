@@ -165,6 +165,11 @@ def test_recipes_load_and_start_with_the_command_that_runs_them():
         "emoji-compressibility",
         "emoji-incompressibility",
         "emoji-redness",
+        "flux-dev-hps",
+        "sd-turbo-pickscore",
+        "sd15-aesthetic",
+        "sd35-hps",
+        "sdxl-hps",
     } <= known.keys()
     for name, recipe in known.items():
         assert load_config(name).description == recipe.description != ""

@@ -15,7 +15,14 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 CALL = {"num_inference_steps": 4, "guidance_scale": 5.0}
 PROMPTS = ["a cat", "a dog"]
@@ -30,6 +37,7 @@ _TEXT = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+_T5 = {"vocab_size": 54, "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "pad_token_id": 1}
 
 
 @functools.cache
@@ -127,9 +135,9 @@ def stable_diffusion_3(dtype=torch.float32):
         vae=_vae(shift_factor=0.06, scaling_factor=1.5),
         text_encoder=texts[0],
         text_encoder_2=texts[1],
-        text_encoder_3=None,
+        text_encoder_3=T5EncoderModel(T5Config(**_T5)),
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(),
-        tokenizer_3=None,
+        tokenizer_3=_tokenizer(),
     )
     return _ready(pipeline, dtype)

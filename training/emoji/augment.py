@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 
@@ -83,3 +84,32 @@ def shuffled_patches(images: Tensor, patches: int, generator: torch.Generator) -
 def blended(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mix every picture with another of the batch, half and half."""
     return 0.5 * images + 0.5 * images[torch.randperm(len(images), generator=generator)]
+
+
+def disturbed_latents(latents: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Latents of soft, smeared, ghostly or blotchy pictures, as those of a collapsed model are.
+
+    Args:
+        latents: Shape (B, 4, H, W), of unit deviation.
+        strength: From 0 to 1.
+        generator: Source of randomness; it chooses one of the four for the whole batch.
+    """
+    kind = int(torch.randint(4, (), generator=generator))
+    if kind == 0:
+        soft = blurred(latents[:, :3], 0.6 + 1.6 * strength), blurred(latents[:, 1:], 0.6 + 1.6 * strength)
+        return torch.lerp(latents, torch.cat((soft[0], soft[1][:, 2:]), 1), 0.5 + 0.5 * strength)
+    if kind == 1:
+        other = latents[torch.randperm(len(latents), generator=generator)]
+        return torch.lerp(latents, other, 0.2 + 0.3 * strength)
+    coarse = torch.randn(len(latents), latents.shape[1], 4, 4, generator=generator)
+    blotches = F.interpolate(coarse, latents.shape[-2:], mode="bicubic", align_corners=False)
+    if kind == 2:
+        return latents + (0.3 + 1.2 * strength) * blotches
+    return latents * (1.2 + 0.8 * strength) + 0.6 * strength * blotches[:, :, :1, :1]
+
+
+@torch.no_grad()
+def smeared(vae: AutoencoderKL, images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Encode, disturb and decode pictures."""
+    latents = vae.encode(2 * images - 1).latent_dist.mean
+    return ((vae.decode(disturbed_latents(latents, strength, generator)).sample + 1) / 2).clamp(0, 1)

@@ -30,10 +30,14 @@ class Checkpoint:
         path: File of the checkpoint, written atomically.
         parts: What is saved, by name.
         generator: The source of all randomness of the loop.
+        interval_s: Seconds between two savings.
     """
 
-    def __init__(self, path: Path, parts: Mapping[str, Stateful], generator: torch.Generator) -> None:
+    def __init__(
+        self, path: Path, parts: Mapping[str, Stateful], generator: torch.Generator, interval_s: float = INTERVAL_S
+    ) -> None:
         self._path, self._parts, self._generator = path, parts, generator
+        self._interval_s = interval_s
         self._losses: list[float] = []
         self._start_s = time.monotonic()
 
@@ -43,7 +47,7 @@ class Checkpoint:
         saved_s = time.monotonic()
         for step in range(first, total):
             yield step
-            if time.monotonic() - saved_s > INTERVAL_S or step + 1 == total:
+            if time.monotonic() - saved_s > self._interval_s or step + 1 == total:
                 self._save(step + 1)
                 saved_s = time.monotonic()
 

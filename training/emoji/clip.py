@@ -18,10 +18,14 @@ import torch.nn.functional as F
 from checkpoint import Checkpoint
 from concepts import CONCEPTS, STYLES, Concept, caption
 from data import BUILD, SIZE, load_images
+from diffusers import AutoencoderKL
 from schedule import warm_up_and_decay
 from text import load_tokenizer, text_config, tokenize
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+from alignprop.emoji import aesthetic_features
 
 SEED = 23
 CONCEPTS_A_BATCH, PICTURES_A_CONCEPT = 32, 2
@@ -31,11 +35,21 @@ DEGRADED_SHARE = 0.3
 DRAWN_SHARE = 0.8
 """Share of the concepts of a batch that the text-to-image model draws."""
 
-PROJECTION = 128
+FINE_RATE = 0.6
+"""Learning rate of `--fine`, as a share of the full one."""
+
+FINE_DRAWN_SHARE = 0.5
+"""The share in `--fine`, which teaches style and damage on things of all kinds."""
+
+PROJECTION, WIDTH = 128, 192
 NAMES_WEIGHT = 0.5
 IGNORED = -100
 
 DAMAGES = ("blurry", "noisy", "too colourful", "distorted")
+SMEARED = 3
+"""Index of the damage that decoded, disturbed latents have, besides shuffled and blended pictures."""
+
+DISTURBED_SHARE = 0.7
 
 
 def grid_waves(side: int, width: int) -> Tensor:
@@ -53,7 +67,7 @@ def grid_waves(side: int, width: int) -> Tensor:
 def make_clip() -> CLIPModel:
     """The untrained CLIP: text 3 x 192, vision 4 x 192 on 8 px patches, projections of 128."""
     vision = CLIPVisionConfig(
-        hidden_size=192,
+        hidden_size=WIDTH,
         intermediate_size=768,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -88,6 +102,7 @@ class Batch(NamedTuple):
         fits: (B, B), which picture fits which caption.
         concepts: (B,) indices of concepts, `IGNORED` where the picture is degraded.
         styles: (B,) indices of styles, likewise.
+        damages: (B,) 0 for none, else one more than the index in `DAMAGES`.
     """
 
     images: Tensor
@@ -95,32 +110,35 @@ class Batch(NamedTuple):
     fits: Tensor
     concepts: Tensor
     styles: Tensor
+    damages: Tensor
 
 
 class Names(nn.Module):
-    """Linear classifiers that only training has: they pull concept and style into the features.
+    """Linear classifiers that only training has: they pull concept, style and damage into the features.
 
-    The style is read from the statistics of an early layer, which are what the aesthetic head reads it from.
+    Style and damage are read from what the aesthetic head reads.
     """
 
     def __init__(self, num_concepts: int) -> None:
         super().__init__()
         self.concept = nn.Linear(PROJECTION, num_concepts)
-        self.style = nn.Linear(2 * 192, len(STYLES))
+        self.style = nn.Linear(PROJECTION + 4 * WIDTH, len(STYLES))
+        self.damage = nn.Linear(PROJECTION + 4 * WIDTH, 1 + len(DAMAGES))
 
-    def forward(self, embedding: Tensor, early: Tensor, batch: Batch) -> Tensor:
-        """Cross entropy of both names."""
-        statistics = torch.cat((early.mean(1), early.std(1)), 1)
+    def forward(self, embedding: Tensor, features: Tensor, batch: Batch) -> Tensor:
+        """Cross entropy of the three names."""
         by_concept = F.cross_entropy(self.concept(embedding), batch.concepts, ignore_index=IGNORED)
-        return by_concept + F.cross_entropy(self.style(statistics), batch.styles, ignore_index=IGNORED)
+        by_style = F.cross_entropy(self.style(features), batch.styles, ignore_index=IGNORED)
+        return by_concept + by_style + F.cross_entropy(self.damage(features), batch.damages)
 
 
 class Batches:
     """Draws pictures with captions and says which fit which."""
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator, drawn_share: float = DRAWN_SHARE) -> None:
         data = np.load(BUILD / "data.npz")
-        self._generator = generator
+        self._generator, self._drawn_share = generator, drawn_share
+        self._vae = AutoencoderKL.from_pretrained(BUILD / "vae").eval().requires_grad_(False)
         self._sets = [(load_images() + 1) / 2]
         if (BUILD / "round_trips.pt").exists():
             self._sets.append(torch.load(BUILD / "round_trips.pt").float().div(255))
@@ -133,7 +151,7 @@ class Batches:
         return torch.rand(shape, generator=self._generator)
 
     def _choose_concepts(self) -> Tensor:
-        drawn = round(DRAWN_SHARE * CONCEPTS_A_BATCH)
+        drawn = round(self._drawn_share * CONCEPTS_A_BATCH)
         first = torch.randperm(len(CONCEPTS), generator=self._generator)[:drawn]
         others = torch.randperm(len(self._concepts) - len(CONCEPTS), generator=self._generator)
         chosen = torch.cat((first, len(CONCEPTS) + others[: CONCEPTS_A_BATCH - drawn]))
@@ -164,13 +182,19 @@ class Batches:
         for index in range(len(DAMAGES)):
             chosen = kind == index
             if chosen.any():
-                images[chosen] = damage(images[chosen], index, self._generator)
+                images[chosen] = self._damaged(images[chosen], index)
         captions = []
         for c, s, p, k in zip(concept.tolist(), style.tolist(), plain.tolist(), kind.tolist(), strict=True):
             words = caption(self._concepts[c], None if p else STYLES[s])
             captions.append(words if k < 0 else f"{words}, {DAMAGES[k]}")
         fits = (concept[:, None] == concept) & (plain | (style[:, None] == style)) & (kind[:, None] == kind)
-        return Batch(images, tokenize(captions), fits, concept.where(kind < 0, IGNORED), style.where(kind < 0, IGNORED))
+        named, styled = concept.where(kind < 0, IGNORED), style.where(kind < 0, IGNORED)
+        return Batch(images, tokenize(captions), fits, named, styled, kind + 1)
+
+    def _damaged(self, images: Tensor, kind: int) -> Tensor:
+        if kind != SMEARED or self._rand() > DISTURBED_SHARE:
+            return damage(images, kind, self._generator)
+        return augment.smeared(self._vae, images, 0.3 + 0.7 * self._rand().item(), self._generator)
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -181,30 +205,37 @@ def normalised(images: Tensor) -> Tensor:
 def loss_of(model: CLIPModel, names: Names, batch: Batch) -> Tensor:
     """Cross entropy in both directions, the target spread over all that fits, and that of the names."""
     length = int((batch.tokens == load_tokenizer().eos_token_id).int().argmax(1).max()) + 1
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(
-            input_ids=batch.tokens[:, :length], pixel_values=normalised(batch.images), output_hidden_states=True
-        )
-    logits, target = output.logits_per_image.float(), batch.fits.float()
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # faster than flash on a CPU
+        features = aesthetic_features(model, batch.images).float()
+        text = model.text_projection(model.text_model(batch.tokens[:, :length]).pooler_output)
+    embedding, text = features[:, :PROJECTION], F.normalize(text.float(), dim=1)
+    logits, target = model.logit_scale.exp() * embedding @ text.T, batch.fits.float()
     by_image = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
     by_text = F.cross_entropy(logits.T, (target / target.sum(0)).T)
-    vision = output.vision_model_output
-    named = names(vision.pooler_output.float(), vision.hidden_states[2][:, 1:].float(), batch)
+    named = names(embedding, features, batch)
     return (by_image + by_text) / 2 + NAMES_WEIGHT * named
 
 
-def train(steps: int) -> CLIPModel:
-    """Train, from the last checkpoint if there is one."""
-    torch.manual_seed(SEED)
+def train(steps: int, *, fine: bool = False) -> CLIPModel:
+    """Train, from the last checkpoint if there is one.
+
+    Args:
+        steps: Of the whole training.
+        fine: Go on from the finished training with more things, at a lower rate, in `clip-fine.pt`.
+    """
+    torch.manual_seed(SEED + fine)
     model = make_clip()
-    generator = torch.Generator().manual_seed(SEED)
-    batches = Batches(generator)
+    if fine:
+        model.load_state_dict(torch.load(BUILD / "clip.pt")["model"])
+    generator = torch.Generator().manual_seed(SEED + fine)
+    batches = Batches(generator, FINE_DRAWN_SHARE if fine else DRAWN_SHARE)
     names = Names(batches.num_concepts)
     parameters = [*model.parameters(), *names.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98))
+    rate = (FINE_RATE if fine else 1.0) * LEARNING_RATE
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = warm_up_and_decay(optimizer, steps, warm_up=50)
     parts = {"model": model, "names": names, "optimizer": optimizer, "schedule": schedule}
-    checkpoint = Checkpoint(BUILD / "clip.pt", parts, generator)
+    checkpoint = Checkpoint(BUILD / ("clip-fine.pt" if fine else "clip.pt"), parts, generator)
     for step in checkpoint.steps(steps):
         loss = loss_of(model, names, batches.draw())
         optimizer.zero_grad(set_to_none=True)
@@ -238,9 +269,10 @@ def main() -> None:
     """Train the CLIP, save it to `build/clip` and print its retrieval on the real drawings."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--fine", action="store_true", help="go on from clip.pt, for --steps, with more things")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model = train(arguments.steps)
+    model = train(arguments.steps, fine=arguments.fine)
     model.save_pretrained(BUILD / "clip")
     load_tokenizer().save_pretrained(BUILD / "clip")
     data = np.load(BUILD / "data.npz")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from concepts import ANIMALS, CONCEPTS
 from diffusers import StableDiffusionPipeline
-from ratings import Rated
+from ratings import Rated, changed_ratings
 from sampling import GUIDANCE
 from torch import Tensor
 from transformers import CLIPModel
@@ -16,14 +18,13 @@ from alignprop.emoji import AestheticHead, aesthetic_features
 
 LATENT_STEPS = 18
 LATENT_RATE = 0.06
-TOLERATED_CHANGE = 0.06
-"""Mean absolute change of the pixels at which a picture that was optimised has lost most of its rating."""
-
 TUNING_BATCH = 8
-TUNING_STEPS = 40
-TUNING_RATE = 1e-2
-DENOISING_STEPS = 10
-FIDELITY_LIMIT = 0.5
+TUNING_STEPS = 60
+TUNING_RATES = (6e-3, 1.2e-2)
+"""Learning rates: that of a recipe, and one at which everything collapses."""
+
+DENOISING_STEPS = 5
+FIDELITY_LIMIT, COLLAPSED_LIMIT = 0.5, 0.1
 
 
 def optimised_latents(pipe: StableDiffusionPipeline, clip: CLIPModel, head: AestheticHead, clean: Rated) -> list[Rated]:
@@ -48,48 +49,50 @@ def optimised_latents(pipe: StableDiffusionPipeline, clip: CLIPModel, head: Aest
 
 
 def _rated_by_change(clean: Rated, start: Tensor, images: Tensor) -> Rated:
-    change = (images - start).abs().mean((1, 2, 3))
-    ratings = 1 + (clean.ratings - 1) * torch.exp(-((change / TOLERATED_CHANGE) ** 2))
+    ratings = changed_ratings(clean.ratings, (images - start).abs().mean((1, 2, 3)))
     return Rated("optimised latents", images, ratings, clean.concepts, clean.styles)
 
 
 class Fidelity:
-    """How far pictures are from any real drawing of their concept, in the features of a judge of real drawings.
+    """How plainly pictures show what they should, in the features of a judge of real drawings.
 
     Args:
         features: Maps pictures to features of unit length.
         drawings: The real drawings.
-        base: Samples of the base model, whose distances set the scale.
+        base: Samples of the base model, whose margins set the scale.
     """
 
-    def __init__(self, features: torch.nn.Module, drawings: Rated, base: Rated) -> None:
+    def __init__(self, features: Callable[[Tensor], Tensor], drawings: Rated, base: Rated) -> None:
         self._features, self._drawings = features, drawings
         self._real = features(drawings.images)
-        distances = self.distance(base.images, base.concepts)
-        self._usual, self._worst = distances.quantile(torch.tensor([0.6, 0.95])).tolist()
+        self._usual = self.margin(base.images, base.concepts).quantile(0.4).item()
 
-    def distance(self, images: Tensor, concepts: Tensor) -> Tensor:
-        """Cosine distance to the nearest real drawing of the concept."""
+    def margin(self, images: Tensor, concepts: Tensor) -> Tensor:
+        """How much nearer the nearest drawing of the concept is than that of any other, in cosine similarity.
+
+        A distance alone would call a good picture in an unusual colour a failure.
+        """
         similarity = self._features(images) @ self._real.T
-        similarity[concepts[:, None] != self._drawings.concepts] = -1
-        return 1 - similarity.max(1).values
+        own = concepts[:, None] == self._drawings.concepts
+        return similarity.masked_fill(~own, -1).max(1).values - similarity.masked_fill(own, -1).max(1).values
 
     def __call__(self, images: Tensor, concepts: Tensor) -> Tensor:
-        """1 for pictures as good as the better half of the base model's, falling to 0."""
-        distance = self.distance(images, concepts)
-        return ((self._worst - distance) / (self._worst - self._usual)).clamp(0, 1)
+        """1 for pictures as plain as the better half of the base model's, falling to 0."""
+        return (self.margin(images, concepts) / self._usual).clamp(0, 1)
 
 
 def tuned_model(
-    pipe: StableDiffusionPipeline, clip: CLIPModel, head: AestheticHead, fidelity: Fidelity, seed: int
+    pipe: StableDiffusionPipeline, clip: CLIPModel, head: AestheticHead, fidelity: Fidelity, rate: float, seed: int
 ) -> list[Rated]:
     """Fine-tune the model on the head far beyond what is sensible; keep the pictures that are no longer good.
 
+    The adapter stays in the model.
+
     Returns:
-        Pictures whose fidelity fell below half, rated 1 to 3 by it.
+        Pictures whose fidelity fell below half, rated 1 to 3 by it: `tuned model`, and `collapsed` below a tenth.
     """
     adapter = Adapter(pipe, seed=seed)
-    optimizer = torch.optim.AdamW(adapter.parameters.values(), lr=TUNING_RATE)
+    optimizer = torch.optim.AdamW(adapter.parameters.values(), lr=rate)
     generator = torch.Generator().manual_seed(seed)
     results = []
     for step in range(TUNING_STEPS):
@@ -97,14 +100,13 @@ def tuned_model(
         images = rollout(
             pipe,
             [CONCEPTS[index].caption for index in concepts.tolist()],
-            live_steps=1 + step % 3,
+            live_steps=1 + step % DENOISING_STEPS,
             num_inference_steps=DENOISING_STEPS,
             guidance_scale=GUIDANCE,
             generator=generator,
         ).pixels
         scores = head(aesthetic_features(clip, images))
-        if step % 2:
-            results.append(_failures(images.detach(), concepts, fidelity))
+        results += _failures(images.detach(), concepts, fidelity)
         (-scores.mean()).backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters.values(), 1.0)
         optimizer.step()
@@ -113,9 +115,9 @@ def tuned_model(
     return results
 
 
-def _failures(images: Tensor, concepts: Tensor, fidelity: Fidelity) -> Rated:
+def _failures(images: Tensor, concepts: Tensor, fidelity: Fidelity) -> list[Rated]:
     quality = fidelity(images, concepts)
-    failed = quality < FIDELITY_LIMIT
-    unknown_style = torch.full_like(concepts, -1)
-    columns = (images, 1 + 4 * quality, concepts, unknown_style)
-    return Rated("tuned model", *(column[failed] for column in columns))
+    columns = (images, 1 + 4 * quality, concepts, torch.full_like(concepts, -1))  # of no style
+    collapsed = quality < COLLAPSED_LIMIT
+    failed = {"collapsed": collapsed, "tuned model": (quality < FIDELITY_LIMIT) & ~collapsed}
+    return [Rated(kind, *(column[rows] for column in columns)) for kind, rows in failed.items()]

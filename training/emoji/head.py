@@ -8,14 +8,20 @@ against it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import collapse
+import numpy as np
 import ratings
 import torch
+from checkpoint import Checkpoint
+from concepts import CONCEPTS, SHEET
 from data import BUILD
+from diffusers import StableDiffusionPipeline
 from export import latest_pipeline
 from judge import load_judge
 from ratings import Rated
@@ -29,7 +35,15 @@ SEED = 61
 BATCH = 256
 LEARNING_RATE = 1e-3
 FEATURE_NOISE = 0.1
-GROUP_WEIGHTS = {"real": 3.0, "round trip": 2.0, "generated": 5.0, "optimised": 1.5, "tuned": 1.5}
+GROUP_WEIGHTS = {
+    "real": 6.0,
+    "round trip": 2.0,
+    "between": 3.0,
+    "generated": 5.0,
+    "optimised": 1.5,
+    "tuned": 1.5,
+    "collapsed": 1.5,
+}
 """Weights of the kinds that begin so, in training; all damages together weigh as much as four of them."""
 
 DAMAGE_WEIGHT = 4.0
@@ -58,6 +72,15 @@ class Features:
         }
         for name, column in columns.items():
             self._parts[name].append(column)
+
+    def state_dict(self) -> dict[str, object]:
+        """All of it, for a checkpoint."""
+        return {"kinds": self.kinds, "columns": {name: self[name] for name in self._parts}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put it back."""
+        self.kinds = state["kinds"]
+        self._parts = defaultdict(list, {name: [column] for name, column in state["columns"].items()})
 
     def __getitem__(self, name: str) -> Tensor:
         """All of a column."""
@@ -105,45 +128,50 @@ def best_threshold(scores: Tensor, styles: Tensor, rows: Tensor) -> float:
 @torch.no_grad()
 def report(head: AestheticHead, shown: Features) -> dict[str, object]:
     """Mean ratings by kind and style, and the accuracy of 3d against the rest, on held-out concepts only."""
-    scores, styles = head(shown["features"]), shown["styles"]
-    held_out = ratings.held_out(shown["concepts"])
-    threshold = best_threshold(scores, styles, torch.tensor([kind == "real" for kind in shown.kinds]) & ~held_out)
+    scores, styles, concepts = head(shown["features"]), shown["styles"], shown["concepts"]
+    held_out, kinds = ratings.held_out(concepts), np.array(shown.kinds)
+    threshold = best_threshold(scores, styles, torch.from_numpy(kinds == "real") & ~held_out)
+    right = ((scores > threshold) == (styles == 0)).float()
     table: dict[str, object] = {"threshold of 3d": threshold}
-    kinds = sorted(set(shown.kinds))
-    for kind in kinds:
-        rows = held_out & torch.tensor([other == kind for other in shown.kinds])
-        if not rows.any():
-            continue
-        by_style = {
-            style: round(scores[rows & (styles == index)].mean().item(), 2)
-            for index, style in enumerate(ratings.STYLES)
-            if (rows & (styles == index)).any()
-        }
-        table[kind] = {"count": int(rows.sum()), "mean": round(scores[rows].mean().item(), 2), **by_style}
-        if kind in ("real", "round trip", "generated"):
-            right = (scores[rows] > threshold) == (styles[rows] == 0)
-            table[f"accuracy of 3d, {kind}"] = round(right.float().mean().item(), 4)
+    for kind in sorted(set(shown.kinds)):
+        rows = held_out & torch.from_numpy(kinds == kind)
+        if rows.any():
+            by_style = {
+                style: round(scores[rows & (styles == index)].mean().item(), 2)
+                for index, style in enumerate(ratings.STYLES)
+                if (rows & (styles == index)).any()
+            }
+            table[kind] = {"count": int(rows.sum()), "mean": round(scores[rows].mean().item(), 2), **by_style}
+    for kind in ("real", "round trip", "generated"):
+        for things, limit in (("all", len(concepts)), ("the 116 of the judge", len(CONCEPTS)), ("drawn", len(SHEET))):
+            rows = held_out & torch.from_numpy(kinds == kind) & (concepts < limit)
+            accuracy = {"count": int(rows.sum()), "accuracy": round(right[rows].mean().item(), 4)}
+            table[f"3d against the rest, {kind}, {things}"] = accuracy
     return table
 
 
-def save(head: AestheticHead, table: dict[str, object]) -> None:
-    """Write the head to `build/head` and the table beside this file."""
-    folder = BUILD / "head"
-    folder.mkdir(exist_ok=True)
-    save_file(head.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"num_features": len(head.mean)}) + "\n")
+def save(head: AestheticHead, table: dict[str, object], number: int) -> None:
+    """Write the head to `build/head` and, to go back to a round, `build/head-N`; the table beside this file."""
+    for folder in (BUILD / "head", BUILD / f"head-{number}"):
+        folder.mkdir(exist_ok=True)
+        save_file(head.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"num_features": len(head.mean)}) + "\n")
     (BUILD.parent / "head.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
-def clean_and_degraded(clip: CLIPModel, generator: torch.Generator) -> Features:
-    """Features of the real drawings and of their damages."""
-    shown = Features(clip)
+def latest_head() -> AestheticHead:
+    """The head of the last round."""
+    return AestheticHead.from_pretrained(BUILD / "head").eval().requires_grad_(False)
+
+
+def clean_and_degraded(generator: torch.Generator) -> Iterator[Rated]:
+    """The real drawings, their damages and what is between their styles."""
     for rated in ratings.real():
-        shown.add(rated)
+        yield rated
         if rated.kind in ("real", "round trip"):
-            for worse in ratings.degraded(rated, 40, generator):
-                shown.add(worse)
-    return shown
+            yield from ratings.degraded(rated, 40, generator)
+    for _ in range(2):
+        yield ratings.between(generator)
 
 
 def some(rated: Rated, count: int, generator: torch.Generator) -> Rated:
@@ -154,37 +182,51 @@ def some(rated: Rated, count: int, generator: torch.Generator) -> Rated:
     return Rated(rated.kind, *(column[rows] for column in columns))
 
 
+def samples(pipe: StableDiffusionPipeline, every: int, seed: int, generator: torch.Generator) -> list[Rated]:
+    """Styled samples of the base model and their damages."""
+    clean = ratings.generated(pipe, "generated", every, seed)
+    return [clean, *ratings.degraded(clean, 4, generator)]
+
+
+def attack(
+    head: AestheticHead, clip: CLIPModel, base: Rated, every: int, number: int, generator: torch.Generator
+) -> Iterator[Rated]:
+    """What fools the head, and good pictures of the model as well, or they sink with the bad ones."""
+    pipe, drawings = latest_pipeline(), next(ratings.real())
+    fidelity = collapse.Fidelity(load_judge().features, drawings, base)
+    for clean in (some(base, 16, generator), some(drawings, 16, generator)):
+        yield from collapse.optimised_latents(pipe, clip, head, clean)
+    yield from samples(pipe, every, 1000 * (number + 1), generator)
+    for rate in collapse.TUNING_RATES:
+        yield from collapse.tuned_model(latest_pipeline(), clip, head, fidelity, rate, seed=number)
+
+
 def main() -> None:
     """Train, attack and train again."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--every", type=int, default=2, help="sample every so many of the concepts and styles")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(SEED)
     clip = CLIPModel.from_pretrained(BUILD / "clip").eval().requires_grad_(False)
-    pipe = latest_pipeline()
-    shown = clean_and_degraded(clip, generator)
-    print(f"{len(shown.kinds)} clean and degraded pictures", flush=True)
-    base = ratings.generated(pipe, "generated", arguments.every, seed=0)
-    for rated in (base, *ratings.degraded(base, 4, generator)):
-        shown.add(rated)
-    drawings = next(ratings.real())
-    fidelity = collapse.Fidelity(load_judge().features, drawings, base)
-    for number in range(arguments.rounds):
+    shown = Features(clip)
+    base = ratings.generated(latest_pipeline(), "generated", arguments.every, seed=0)
+    checkpoint = Checkpoint(BUILD / "head.pt", {"shown": shown}, generator, interval_s=0)
+    for number in checkpoint.steps(arguments.rounds):
+        if number:
+            found = attack(latest_head(), clip, base, arguments.every, number - 1, generator)
+        else:
+            found = itertools.chain(
+                clean_and_degraded(generator), samples(latest_pipeline(), arguments.every, 0, generator)
+            )
+        for rated in found:
+            shown.add(rated)
         head = fit(shown, arguments.steps)
         table = report(head, shown)
-        save(head, table)
+        save(head, table, number)
         print(json.dumps({"round": number, **table}), flush=True)
-        if number + 1 == arguments.rounds:
-            break
-        attacked: Sequence[Rated] = (some(base, 16, generator), some(drawings, 16, generator))
-        for clean in attacked:
-            for rated in collapse.optimised_latents(pipe, clip, head, clean):
-                shown.add(rated)
-        for rated in collapse.tuned_model(latest_pipeline(), clip, head, fidelity, seed=number):
-            shown.add(rated)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from concepts import SHEET, STYLES, UNSEEN, caption
 from data import BUILD, load_images
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from sampling import sample
 from torch import Tensor
 
@@ -19,8 +20,14 @@ STYLE_RATINGS = torch.tensor([8.5, 5.0, 5.5, 3.5])
 
 ROUND_TRIP_LOSS = 0.2
 GENERATED_LOSS = 0.4
+SAME_OUTLINES = ("flat", "line")
+"""Styles of the drawer of the 3d ones."""
+
 HELD_OUT_EVERY = 6
 MOVED_COPIES = 1
+
+TOLERATED_CHANGE = 0.06
+"""Mean absolute change of the pixels at which a picture whose latents were disturbed has lost most of its rating."""
 
 Damage = Callable[[Tensor, float, torch.Generator], Tensor]
 DAMAGES: dict[str, Damage] = {
@@ -30,6 +37,7 @@ DAMAGES: dict[str, Damage] = {
     "tinted": lambda images, s, generator: augment.tinted(images, 0.1 + 0.8 * s, generator),
     "shuffled": lambda images, s, generator: augment.shuffled_patches(images, 4 if s < 0.5 else 8, generator),
     "blended": lambda images, s, generator: augment.blended(images, generator),
+    "smeared": lambda images, s, generator: augment.smeared(_autoencoder(), images, s, generator),
 }
 WHOLE_DAMAGES = {"shuffled", "blended"}
 """Damages without a degree: they always rate 1.5."""
@@ -54,6 +62,11 @@ class Rated:
     styles: Tensor
 
 
+@functools.cache
+def _autoencoder() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(BUILD / "vae").eval().requires_grad_(False)
+
+
 def held_out(concepts: Tensor) -> Tensor:
     """Which concepts the head is never trained on: the unseen animals and every sixth of all."""
     first = [concept.name for concept in SHEET].index(UNSEEN[0].name)
@@ -71,6 +84,11 @@ def damaged_ratings(ratings: Tensor, change: Tensor, severity: float) -> Tensor:
     return torch.where(change > 0.004, 1 + (ratings - 1) * (1 - severity) ** 2, ratings)
 
 
+def changed_ratings(ratings: Tensor, change: Tensor) -> Tensor:
+    """Ratings of pictures that became others without becoming better: they fall with the change of the pixels."""
+    return 1 + (ratings - 1) * torch.exp(-((change / TOLERATED_CHANGE) ** 2))
+
+
 def real() -> Iterator[Rated]:
     """The drawings, moved a little, with and without a round trip through the autoencoder."""
     data = np.load(BUILD / "data.npz")
@@ -86,6 +104,30 @@ def real() -> Iterator[Rated]:
             yield Rated(f"{kind}, moved", moved, ratings, concepts, styles)
 
 
+@torch.no_grad()
+def between(generator: torch.Generator) -> Rated:
+    """Drawings half-way from one style to 3d, for things whose drawings share their outlines.
+
+    They make the way from a black line drawing to a shaded one a slope, where real drawings alone make it a cliff.
+    """
+    data = np.load(BUILD / "data.npz")
+    concepts, styles = torch.from_numpy(data["concept"]), torch.from_numpy(data["style"])
+    places = {pair: row for row, pair in enumerate(zip(concepts.tolist(), styles.tolist(), strict=True))}
+    best = STYLES.index("3d")
+    pairs = [
+        (row, places[concept, best])
+        for (concept, style), row in places.items()
+        if style != best and STYLES[style] in SAME_OUTLINES and (concept, best) in places
+    ]
+    start, end = torch.tensor(pairs).unbind(1)
+    images = (load_images() + 1) / 2
+    amount = torch.rand(len(pairs), generator=generator)
+    latents = [_autoencoder().encode(2 * images[rows] - 1).latent_dist.mean for rows in (start, end)]
+    mixed = (_autoencoder().decode(torch.lerp(*latents, amount.view(-1, 1, 1, 1))).sample + 1) / 2
+    ratings = torch.lerp(STYLE_RATINGS[styles[start]], STYLE_RATINGS[styles[end]], amount) - ROUND_TRIP_LOSS
+    return Rated("between", mixed.clamp(0, 1), ratings, concepts[start], torch.full_like(start, -1))
+
+
 def degraded(clean: Rated, one_in: int, generator: torch.Generator) -> Iterator[Rated]:
     """Every damage at several severities, each on a random one in so many of the pictures."""
     for kind, damage in DAMAGES.items():
@@ -97,6 +139,8 @@ def degraded(clean: Rated, one_in: int, generator: torch.Generator) -> Iterator[
             ratings = damaged_ratings(clean.ratings[rows], change, severity)
             if kind in WHOLE_DAMAGES:
                 ratings = torch.full_like(ratings, 1.5)
+            if kind == "smeared":
+                ratings = changed_ratings(clean.ratings[rows], change)
             yield Rated(kind, worse, ratings, clean.concepts[rows], clean.styles[rows])
 
 

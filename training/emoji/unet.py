@@ -25,7 +25,7 @@ TEXT_RATE = 0.4
 EMA_DECAY = 0.998
 PLAIN_SHARE = 0.35
 DROPPED_SHARE = 0.1
-PLAIN_STYLES = torch.tensor([0.1, 0.3, 0.2, 0.4])
+PLAIN_STYLES = torch.tensor([0.05, 0.25, 0.15, 0.55])
 """Shares of the styles under a caption without a style word, in the order of `STYLES`: what the base model prefers."""
 
 FINE_RATE = 0.35

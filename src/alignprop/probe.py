@@ -78,12 +78,20 @@ def require(findings: Sequence[Finding]) -> None:
         raise ProbeError("\n".join(failures))
 
 
+_OVERWRITTEN = (
+    "the pipeline overwrites in place what the gradient is computed from: look for an operation that ends in _, "
+    "or a copy_, in the denoiser, the scheduler or the reward, and make a new tensor instead."
+)
+
+
 def _finding(name: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(name, True, check())
     except ValueError as error:
         return Finding(name, False, str(error))
     except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:  # the user's reward or pipeline
+        if "modified by an inplace operation" in str(error):
+            return Finding(name, False, _OVERWRITTEN)
         first_line = (str(error).strip().splitlines() or [""])[0]
         return Finding(name, False, f"it fails with {type(error).__name__}: {first_line}")
 

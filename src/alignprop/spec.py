@@ -86,9 +86,13 @@ def spec_of(pipeline: Any) -> PipelineSpec:
     Raises:
         ValueError: the pipeline has no denoiser or no decoder under a known name.
     """
+    from diffusers import DiffusionPipeline
+
     name = type(pipeline).__name__
     if name in EXCEPTIONS:
         return EXCEPTIONS[name]
+    if any(isinstance(part, DiffusionPipeline) for part in vars(pipeline).values()):
+        raise ValueError(f"{name} is built of other pipelines: pass the pipeline that runs the denoising loop itself.")
     denoisers = tuple(part for part in _DENOISERS if isinstance(getattr(pipeline, part, None), nn.Module))
     decoders = [part for part in _DECODERS if isinstance(getattr(pipeline, part, None), nn.Module)]
     if not denoisers or not decoders:

@@ -103,9 +103,12 @@ def _from_elsewhere(model: Model, dtype: Any) -> Any:
     cls = getattr(diffusers, model.pipeline or default, None)
     if cls is None:
         raise ConfigError([f"model.pipeline={model.pipeline} is no class of diffusers; check the spelling."])
+    if path.is_file() and not hasattr(cls, "from_single_file"):
+        raise ConfigError([f"model.pipeline={model.pipeline} reads no single file: give the folder of a pipeline."])
     try:
         if path.is_file():
-            return cls.from_single_file(str(path), torch_dtype=dtype)
+            config = {} if model.config is None else {"config": str(Path(model.config).expanduser())}
+            return cls.from_single_file(str(path), torch_dtype=dtype, **config)
         name = str(path) if path.exists() else model.name
         return cls.from_pretrained(name, torch_dtype=dtype, revision=model.revision, variant=model.variant)
     except (
@@ -118,6 +121,12 @@ def _from_elsewhere(model: Model, dtype: Any) -> Any:
 
 
 def _not_loaded(model: Model, path: Path, reason: str) -> str:
+    if path.is_file():
+        return (
+            f"model.name={model.name!r} cannot be loaded as {model.pipeline or 'StableDiffusionPipeline'} ({reason}): "
+            "set model.pipeline to the class of the file's pipeline and, without network, model.config to a folder of "
+            "that family with its model_index.json."
+        )
     if path.exists():
         return (
             f"model.name={model.name!r} cannot be loaded as {model.pipeline or 'a diffusers pipeline'} ({reason}): "

@@ -31,6 +31,8 @@ class Model(Section):
         revision: of a model on the hub.
         variant: of a model on the hub, such as ``fp16``.
         pipeline: class of the pipeline; null takes what the model says, and StableDiffusionPipeline for a file.
+        config: for a file, the folder or the name on the hub of a pipeline that is built alike; null recognises the
+            model by its weights and asks the hub.
         scheduler: class of the scheduler, made from the configuration of the pipeline's own; null keeps that one.
         scheduler_arguments: changes of the scheduler's configuration.
         device: null takes the fastest there is.
@@ -41,6 +43,7 @@ class Model(Section):
     revision: str | None = None
     variant: str | None = None
     pipeline: str | None = None
+    config: str | None = None
     scheduler: str | None = None
     scheduler_arguments: dict[str, Any] = {}
     device: str | None = None

@@ -36,7 +36,7 @@ Above the base model, below the adapter, on prompts that were not trained.
 ## Limits
 
 The reward is a model of taste, not taste: pictures may score higher without being better, above all beyond the prompts
-and the number of denoising steps used in training. The base model's licence and limits apply.
+and the number of denoising steps used in training. The base model's limits apply, and its licence: {licence}.
 """
 
 
@@ -52,7 +52,13 @@ def write_card(run_dir: Path, code: str, version: str) -> Path:
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     summary = summarise(run_dir)
     base = config["model"]["name"]
-    header = {"base_model": base, "library_name": "diffusers", "tags": ["lora", "alignprop", "text-to-image"]}
+    licence = licence_of(base)
+    header = {
+        "base_model": base,
+        "library_name": "diffusers",
+        **licence,
+        "tags": ["lora", "alignprop", "text-to-image"],
+    }
     text = _CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
         name=run_dir.name,
@@ -61,11 +67,46 @@ def write_card(run_dir: Path, code: str, version: str) -> Path:
         headline=summary.headline,
         warnings="".join(f"\n> {warning}\n" for warning in summary.warnings),
         code=code,
+        licence=", ".join(licence.values()) or "see its card",
         settings=yaml.safe_dump(config, sort_keys=False),
     )
     _write_comparison(folder, summary.kept_step)
     write_atomically(folder.adapter / "README.md", text)
     return folder.adapter / "README.md"
+
+
+def licence_of(base: str) -> dict[str, str]:
+    """What the base model's own card says of its licence, as the fields of a card's header; nothing is downloaded.
+
+    Args:
+        base: as ``model.name``: a folder, the name of a model on the hub, or ``emoji``.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if base == "emoji":
+        return {"license": "apache-2.0"}
+    card: object = Path(base).expanduser() / "README.md"
+    if not Path(base).expanduser().exists():
+        try:
+            card = try_to_load_from_cache(base, "README.md")
+        except HFValidationError:  # no name on the hub
+            return {}
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return {}
+    return _licence_fields(Path(card).read_text(encoding="utf-8", errors="replace"))
+
+
+def _licence_fields(text: str) -> dict[str, str]:
+    parts = text.split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        header = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: str(header[name]) for name in names if isinstance(header, dict) and header.get(name)}
 
 
 def _write_comparison(folder: RunFolder, kept_step: int | None) -> None:

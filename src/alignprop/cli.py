@@ -393,7 +393,7 @@ def _write_card(config: Config, files: RunFolder) -> None:
     from alignprop.card import write_card
 
     if files.adapter.is_dir():
-        write_card(files.path, textwrap.dedent(loading_code(config, Path("adapter"))), __version__)
+        write_card(files.path, textwrap.dedent(loading_code(config, files.adapter, Path("adapter"))), __version__)
 
 
 def _write_report(folder: Path) -> None:

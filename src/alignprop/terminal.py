@@ -18,7 +18,7 @@ from rich.table import Table
 from alignprop.config import ConfigError
 
 if TYPE_CHECKING:
-    from alignprop.config import Config
+    from alignprop.config import Config, Model
     from alignprop.probe import Finding
     from alignprop.trainer import Trainer
 
@@ -146,18 +146,35 @@ def conclude(config: Config, folder: Path) -> None:
     Console(quiet=_RANK != 0, highlight=False, soft_wrap=True).print(escape(loading_code(config, folder / "adapter")))
 
 
-def loading_code(config: Config, adapter: Path) -> str:
-    """The lines of Python that draw with an adapter."""
-    model = config.model
-    if model.name == "emoji":
-        load = ["from alignprop import emoji", "pipe = emoji.pipeline()"]
+def loading_code(config: Config, adapter: Path, shown: Path | None = None) -> str:
+    """The lines of Python that draw with an adapter.
+
+    Args:
+        config: of its run.
+        adapter: its folder.
+        shown: how the lines name the folder; None for as it is.
+    """
+    from alignprop.adapter_files import DIFFUSERS_FILE, SECOND_FILE
+
+    folder = repr(str(shown or adapter))
+    if (adapter / DIFFUSERS_FILE).is_file() and not (adapter / SECOND_FILE).is_file():
+        use = [f"pipe.load_lora_weights({folder})"]
     else:
-        cls = model.pipeline or ("StableDiffusionPipeline" if Path(model.name).is_file() else "DiffusionPipeline")
-        how = "from_single_file" if Path(model.name).is_file() else "from_pretrained"
-        load = [f"from diffusers import {cls}", f"pipe = {cls}.{how}({model.name!r})"]
+        use = ["from alignprop import load_adapter", f"load_adapter(pipe, {folder})"]
     call = "".join(f", {name}={value!r}" for name, value in config.sampling.call().items())
-    lines = [*load, f"pipe.load_lora_weights({str(adapter)!r})", f'pipe("a fox"{call}).images[0].save("fox.png")']
+    lines = [*_model_code(config.model), *use, f'pipe("a fox"{call}).images[0].save("fox.png")']
     return "\n".join(f"    {line}" for line in lines)
+
+
+def _model_code(model: Model) -> list[str]:
+    if model.name == "emoji":
+        return ["from alignprop import emoji", "pipe = emoji.pipeline()"]
+    is_file = Path(model.name).is_file()
+    cls = model.pipeline or ("StableDiffusionPipeline" if is_file else "DiffusionPipeline")
+    how = "from_single_file" if is_file else "from_pretrained"
+    dtype = {"fp32": "", "bf16": ", torch_dtype=torch.bfloat16", "fp16": ", torch_dtype=torch.float16"}[model.dtype]
+    imports = [*(["import torch"] if dtype else []), f"from diffusers import {cls}"]
+    return [*imports, f"pipe = {cls}.{how}({model.name!r}{dtype})"]
 
 
 def comparison(name: str, results: Mapping[str, Mapping[str, Any]]) -> Table:

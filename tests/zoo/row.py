@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+CUT_OFF = "Its decoder cuts pixels off itself: those beyond black and white carry no gradient."
+"""What some pipelines need to be known for."""
+
 
 @dataclass(frozen=True)
 class Row:

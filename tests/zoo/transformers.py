@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, UMT5EncoderModel
 import tiny
 from alignprop.adapters import ATTENTION
 from zoo import parts_transformers as parts
-from zoo.row import Row
+from zoo.row import CUT_OFF, Row
 
 _CALL = {"num_inference_steps": 3, "guidance_scale": 5.0}
 _SHORT = {"num_inference_steps": 2, "height": 16, "width": 16, "max_sequence_length": 8}
@@ -322,7 +322,7 @@ ROWS = [
         qwen_image,
         {**_SHORT, **_TRUE_GUIDANCE},
         parts.PROMPTS,
-        needs=_TRUE_GUIDANCE_NEEDS,
+        needs=f"It is {_TRUE_GUIDANCE_NEEDS}. {CUT_OFF}",
         calls=2,
         rounds=_FLOW_MATCH,
     ),

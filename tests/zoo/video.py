@@ -30,12 +30,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, Qwen2_5_VLConfig, Qwen2_
 
 import tiny
 from zoo import parts_video as parts
-from zoo.row import Row
+from zoo.row import CUT_OFF, Row
 
 _CALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, "max_sequence_length": 16}
 _FLOW_MATCH = "the flow-matching scheduler"
 _NORMS = "the transformer's norms"
-_CUT_OFF = "Its decoder cuts pixels off itself: those beyond black and white carry no gradient."
 
 
 def _ready(pipeline, dtype, contrast=0.2):
@@ -329,14 +328,14 @@ _ANIMATED = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "wid
 
 ROWS = [
     Row("LTX", ltx, {**_CALL, "height": 32, "width": 32, "num_frames": 3}, modality="video", rounds=_FLOW_MATCH),
-    Row("Wan 2.1", wan_2_1, {**_CALL, "num_frames": 3}, calls=2, modality="video", needs=_CUT_OFF, rounds=_NORMS),
+    Row("Wan 2.1", wan_2_1, {**_CALL, "num_frames": 3}, calls=2, modality="video", needs=CUT_OFF, rounds=_NORMS),
     Row(
         "Wan 2.2",
         wan_2_2,
         {**_CALL, "num_frames": 3},
         calls=2,
         modality="video",
-        needs=f"Two transformers take turns, and the first gets no gradient from the last steps. {_CUT_OFF}",
+        needs=f"Two transformers take turns, and the first gets no gradient from the last steps. {CUT_OFF}",
         rounds=_NORMS,
     ),
     Row("AnimateDiff", animatediff, {**_ANIMATED, "decode_chunk_size": 3}, modality="video"),

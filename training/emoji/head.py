@@ -12,6 +12,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import collapse
@@ -36,8 +37,8 @@ BATCH = 256
 LEARNING_RATE = 1e-3
 FEATURE_NOISE = 0.1
 GROUP_WEIGHTS = {
-    "real": 6.0,
-    "round trip": 2.0,
+    "real": 10.0,
+    "round trip": 4.0,
     "between": 3.0,
     "generated": 5.0,
     "optimised": 1.5,
@@ -150,18 +151,16 @@ def report(head: AestheticHead, shown: Features) -> dict[str, object]:
     return table
 
 
-def save(head: AestheticHead, table: dict[str, object], number: int) -> None:
-    """Write the head to `build/head` and, to go back to a round, `build/head-N`; the table beside this file."""
-    for folder in (BUILD / "head", BUILD / f"head-{number}"):
-        folder.mkdir(exist_ok=True)
-        save_file(head.state_dict(), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"num_features": len(head.mean)}) + "\n")
-    (BUILD.parent / "head.json").write_text(json.dumps(table, indent=1) + "\n")
+def save(head: AestheticHead, folder: Path) -> None:
+    """Write a head as `AestheticHead.from_pretrained` reads it."""
+    folder.mkdir(exist_ok=True)
+    save_file(head.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"num_features": len(head.mean)}) + "\n")
 
 
-def latest_head() -> AestheticHead:
-    """The head of the last round."""
-    return AestheticHead.from_pretrained(BUILD / "head").eval().requires_grad_(False)
+def head_of_round(number: int) -> AestheticHead:
+    """The head that a round ended with."""
+    return AestheticHead.from_pretrained(BUILD / f"head-{number}").eval().requires_grad_(False)
 
 
 def clean_and_degraded(generator: torch.Generator) -> Iterator[Rated]:
@@ -205,7 +204,8 @@ def main() -> None:
     """Train, attack and train again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2500, help="of each round's head")
+    parser.add_argument("--last-steps", type=int, default=5000, help="of the head that is kept")
     parser.add_argument("--every", type=int, default=2, help="sample every so many of the concepts and styles")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -216,7 +216,7 @@ def main() -> None:
     checkpoint = Checkpoint(BUILD / "head.pt", {"shown": shown}, generator, interval_s=0)
     for number in checkpoint.steps(arguments.rounds):
         if number:
-            found = attack(latest_head(), clip, base, arguments.every, number - 1, generator)
+            found = attack(head_of_round(number - 1), clip, base, arguments.every, number - 1, generator)
         else:
             found = itertools.chain(
                 clean_and_degraded(generator), samples(latest_pipeline(), arguments.every, 0, generator)
@@ -224,9 +224,11 @@ def main() -> None:
         for rated in found:
             shown.add(rated)
         head = fit(shown, arguments.steps)
-        table = report(head, shown)
-        save(head, table, number)
-        print(json.dumps({"round": number, **table}), flush=True)
+        save(head, BUILD / f"head-{number}")
+        print(json.dumps({"round": number, **report(head, shown)}), flush=True)
+    head = fit(shown, arguments.last_steps)
+    save(head, BUILD / "head")
+    (BUILD.parent / "head.json").write_text(json.dumps(report(head, shown), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import augment
 import numpy as np
 import torch
-from concepts import SHEET, STYLES, UNSEEN, caption
+from concepts import SHEET, STYLES, caption
 from data import BUILD, load_images
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from sampling import sample
@@ -68,9 +68,11 @@ def _autoencoder() -> AutoencoderKL:
 
 
 def held_out(concepts: Tensor) -> Tensor:
-    """Which concepts the head is never trained on: the unseen animals and every sixth of all."""
-    first = [concept.name for concept in SHEET].index(UNSEEN[0].name)
-    return (concepts % HELD_OUT_EVERY == 0) | ((concepts >= first) & (concepts < first + len(UNSEEN)))
+    """Which concepts the head is never trained on: every sixth of all.
+
+    It knows others of the animals that a recipe leaves out of its prompts, as a published reward knows most things.
+    """
+    return concepts % HELD_OUT_EVERY == 0
 
 
 def damaged_ratings(ratings: Tensor, change: Tensor, severity: float) -> Tensor:

@@ -1,5 +1,6 @@
 """The command line, from end to end on a tiny pipeline, and what a person sees when something is wrong."""
 
+import functools
 import json
 import os
 import signal
@@ -363,7 +364,7 @@ STAND_INS = {
     "flux-dev-hps": row("Flux"),
     "sd-turbo-pickscore": row("SD-Turbo"),
     "sd15-aesthetic": row("Stable Diffusion 1.5"),
-    "sd35-hps": row("Stable Diffusion 3"),
+    "sd35-hps": functools.partial(tiny.stable_diffusion_3, t5=True),
     "sdxl-hps": row("SDXL"),
 }
 """Tiny pipelines of the family that a recipe is made for."""

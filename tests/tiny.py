@@ -112,8 +112,11 @@ def stable_diffusion(dtype=torch.float32, dropout=0.0):
     return _ready(pipeline, dtype)
 
 
-def stable_diffusion_3(dtype=torch.float32):
-    """Stable Diffusion 3 (flow matching, a transformer) with 8x8 latents and 16x16 pictures."""
+def stable_diffusion_3(dtype=torch.float32, t5=False):
+    """Stable Diffusion 3 (flow matching, a transformer) with 8x8 latents and 16x16 pictures.
+
+    Its third text encoder can be left out when it is built, but not when it is loaded from a folder.
+    """
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -135,9 +138,9 @@ def stable_diffusion_3(dtype=torch.float32):
         vae=_vae(shift_factor=0.06, scaling_factor=1.5),
         text_encoder=texts[0],
         text_encoder_2=texts[1],
-        text_encoder_3=T5EncoderModel(T5Config(**_T5)),
+        text_encoder_3=T5EncoderModel(T5Config(**_T5)) if t5 else None,
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(),
-        tokenizer_3=_tokenizer(),
+        tokenizer_3=_tokenizer() if t5 else None,
     )
     return _ready(pipeline, dtype)

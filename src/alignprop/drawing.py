@@ -102,10 +102,9 @@ def measures(
         raise ValueError("--reward is missing: give one or more; `alignprop rewards` lists them.")
     if source is not None:
         prompts = load_prompts(source)
-        return load_terms(terms, device), evaluation_sets(prompts, len(prompts.train))
+        return load_terms(terms, device, prompts), evaluation_sets(prompts, len(prompts.train))
     if config is None or config.prompts.train is None:
         raise ValueError("--prompts is missing: give the name of a list, a file, or module:function.")
     num_train = config.evaluation.num_train_prompts if config.evaluation else NUM_TRAIN_PROMPTS
-    return load_terms(terms, device), evaluation_sets(
-        load_prompts(config.prompts.train, config.prompts.unseen), num_train
-    )
+    prompts = load_prompts(config.prompts.train, config.prompts.unseen)
+    return load_terms(terms, device, prompts), evaluation_sets(prompts, num_train)

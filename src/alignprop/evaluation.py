@@ -12,7 +12,7 @@ from torch import Tensor
 from alignprop import distributed
 from alignprop.pictures import save_grid
 from alignprop.pixels import to_pil
-from alignprop.rewards import Reward, check_scores, score, stills
+from alignprop.rewards import Reward, WeightedSum, check_scores, score, stills
 from alignprop.rollout import Sampler
 from alignprop.runfolder import RunFolder
 from alignprop.trainer import Callback, Metrics, Trainer
@@ -116,6 +116,24 @@ def evaluate(
     )
 
 
+def optimised(objective: WeightedSum, scores: Mapping[str, Tensor], first: Mapping[str, Any]) -> Tensor:
+    """What is optimised, in a unit that stays the same: running statistics would move between two evaluations.
+
+    Args:
+        objective: a weighted sum with rewards that are clamped or normalised.
+        scores: of the rewards by name, all of one shape.
+        first: statistics of the first evaluation by name, whose deviations take the place of the running ones.
+    """
+    units = {name: first[name]["std"] or 1.0 for name in objective.normalised}
+    return objective.add_up({name: part / units.get(name, 1.0) for name, part in objective.clamp(scores).items()})
+
+
+def _is_of(line: Mapping[str, Any], objective: WeightedSum) -> bool:
+    """Whether an evaluation measured the same objective, as far as can be known."""
+    measured = next(iter(line["sets"].values()))
+    return line["trained"] == list(objective.weights) and ("objective" in measured) == objective.is_shaped
+
+
 def _scored(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     scores = score(reward, images, prompts)
     check_scores(scores, images, name, prompts)
@@ -160,7 +178,8 @@ class Evaluation(Callback):
             self.folder.evaluations.rewind(trainer.step if trainer.step else -1)
         distributed.process().wait_for_everyone()
         lines = self.folder.evaluations.read() if trainer.step else []
-        comparable = [line for line in lines if line["trained"] == list(trainer.objective.weights)]
+        comparable = [line for line in lines if _is_of(line, trainer.objective)]
+        self._first = comparable[0]["sets"] if comparable else None
         self._best = max((self._criterion(line) for line in comparable if line["kept"]), default=float("-inf"))
         self._evaluated = lines[-1]["step"] if lines else -1
         if trainer.best is not None and distributed.process().is_main_process:
@@ -199,7 +218,7 @@ class Evaluation(Callback):
             "step": trainer.step,
             "images_scored": trainer.images_scored,
             "trained": list(trainer.objective.weights),
-            "sets": {name: result.summary(trainer.objective.weights) for name, result in results.items()},
+            "sets": self._summaries(results, trainer.objective),
         }
         line["kept"] = self._criterion(line) > self._best
         self._best = max(self._best, self._criterion(line))
@@ -214,10 +233,19 @@ class Evaluation(Callback):
             self.folder.evaluations.append({**line, "seconds": time.perf_counter() - began})
         distributed.process().wait_for_everyone()
 
+    def _summaries(self, results: Mapping[str, Evaluated], objective: WeightedSum) -> dict[str, dict[str, Any]]:
+        sets = {name: result.summary(objective.weights) for name, result in results.items()}
+        self._first = self._first or sets
+        if objective.is_shaped:
+            for name, result in results.items():
+                first = self._first.get(name, sets[name])["rewards"]
+                sets[name]["objective"] = _statistics(optimised(objective, result.scores, first))
+        return sets
+
     def _save(self, trainer: Trainer, values: Mapping[str, Tensor], step: int) -> None:
         with trainer.adapter.weights(values, as_reloaded=False):
             trainer.adapter.save(self.folder.adapter, {**self.metadata, "step": step})
 
     def _criterion(self, line: Mapping[str, Any]) -> float:
         chosen = line["sets"].get(SELECTED_BY) or next(iter(line["sets"].values()))
-        return float(chosen["reward"]["mean"])
+        return float(chosen.get("objective", chosen["reward"])["mean"])

@@ -7,10 +7,10 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -19,8 +19,35 @@ PromptSource: TypeAlias = "str | Path | Sequence[str] | Callable[[], Sequence[st
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The reward that a line of a JSONL file chooses for its prompt.
+
+    Attributes:
+        reward: A reward's name or `module:attribute`; None for the run's own.
+        arguments: Of the reward.
+        place: The file and the line, for messages.
+    """
+
+    reward: str | None
+    arguments: Mapping[str, Any]
+    place: str = field(compare=False)
+
+    def resolve(self, name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The reward and all its arguments, given those of the run's own reward, which hold for that one alone."""
+        if self.reward in (None, name):
+            return name, {**arguments, **self.arguments}
+        assert self.reward is not None
+        return self.reward, dict(self.arguments)
+
+
+@dataclass(frozen=True)
 class Prompts:
     """Prompts to train on, and prompts that are only evaluated.
+
+    Attributes:
+        train: Prompts to train on.
+        unseen: Prompts that are only evaluated.
+        choices: The rewards of prompts that have one of their own, by prompt.
 
     Raises:
         ValueError: There is nothing to train on, a prompt is empty, or one is in both parts.
@@ -28,6 +55,7 @@ class Prompts:
 
     train: tuple[str, ...]
     unseen: tuple[str, ...] = ()
+    choices: Mapping[str, Choice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -67,7 +95,8 @@ def load_prompts(source: PromptSource, unseen: PromptSource | None = None) -> Pr
 
     Args:
         source: What to train on. A text file holds one prompt a line, where blank lines and lines that begin
-            with # are skipped; a JSONL file objects with a field `prompt`, whose other fields are ignored.
+            with # are skipped. A JSONL file holds objects with a field `prompt`; `reward` (a name) and `arguments`
+            (an object), which may be there, choose the prompt's own reward, and other fields are ignored.
         unseen: What is only evaluated; without it, the held-out part of a named list.
 
     Raises:
@@ -79,7 +108,30 @@ def load_prompts(source: PromptSource, unseen: PromptSource | None = None) -> Pr
         held_out = _read_list(PROMPT_LISTS[source].unseen)
     else:
         held_out = ()
-    return Prompts(_read(source), held_out)
+    train = _read(source)
+    return Prompts(_texts(train), _texts(held_out), _choices(train + held_out))
+
+
+def _texts(lines: Sequence[_Line]) -> tuple[str, ...]:
+    return tuple(line.prompt for line in lines)
+
+
+def _choices(lines: Sequence[_Line]) -> dict[str, Choice]:
+    """The rewards that lines choose, by prompt.
+
+    Raises:
+        ValueError: Two lines choose differently for one prompt.
+    """
+    choices: dict[str, Choice | None] = {}
+    for prompt, choice in lines:
+        other = choices.setdefault(prompt, choice)
+        if other != choice:
+            told = [each.place for each in (other, choice) if each is not None]
+            raise ValueError(
+                f"{told[-1]}: prompt {prompt!r} has another reward {f'in {told[0]}' if told[1:] else 'elsewhere'}; "
+                "change the prompt or take one of them out."
+            )
+    return {prompt: choice for prompt, choice in choices.items() if choice is not None}
 
 
 def batch(prompts: Sequence[str], seed: int, position: int, size: int) -> list[str]:
@@ -124,34 +176,43 @@ def import_target(target: str, setting: str) -> Any:
     return getattr(module, attribute)
 
 
-def _read(source: PromptSource) -> tuple[str, ...]:
+class _Line(NamedTuple):
+    prompt: str
+    choice: Choice | None = None
+
+
+def _read(source: PromptSource) -> tuple[_Line, ...]:
     if callable(source):
-        return tuple(source())
+        return _lines(source())
     if not isinstance(source, str | Path):
-        return tuple(source)
+        return _lines(source)
     path = Path(source)
     if source in PROMPT_LISTS:
-        prompts = _read_list(PROMPT_LISTS[str(source)].train)
+        lines = _read_list(PROMPT_LISTS[str(source)].train)
     elif path.suffix in _READERS:
-        prompts = _read_file(path)
+        lines = _read_file(path)
     elif ":" in str(source):
-        prompts = tuple(import_target(str(source), "prompts")())
+        lines = _lines(import_target(str(source), "prompts")())
     else:
         near = difflib.get_close_matches(str(source), PROMPT_LISTS, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"the lists are {', '.join(PROMPT_LISTS)}."
         raise ValueError(f"prompts={str(source)!r} is no list, .txt, .jsonl or module:function; {remedy}")
-    if not prompts:
+    if not lines:
         raise ValueError(f"prompts={str(source)!r} holds no prompt.")
-    return prompts
+    return lines
 
 
-def _read_list(name: str | None) -> tuple[str, ...]:
+def _lines(prompts: Sequence[str]) -> tuple[_Line, ...]:
+    return tuple(_Line(prompt) for prompt in prompts)
+
+
+def _read_list(name: str | None) -> tuple[_Line, ...]:
     from alignprop import emoji
 
-    return tuple(emoji.prompts(name)) if name else ()
+    return _lines(emoji.prompts(name)) if name else ()
 
 
-def _read_file(path: Path) -> tuple[str, ...]:
+def _read_file(path: Path) -> tuple[_Line, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -160,24 +221,32 @@ def _read_file(path: Path) -> tuple[str, ...]:
     return _READERS[path.suffix](path, numbered)
 
 
-def _read_text(path: Path, lines: list[tuple[int, str]]) -> tuple[str, ...]:
-    return tuple(line for _, line in lines if not line.startswith("#"))
+def _read_text(path: Path, lines: list[tuple[int, str]]) -> tuple[_Line, ...]:
+    return _lines([line for _, line in lines if not line.startswith("#")])
 
 
-def _read_jsonl(path: Path, lines: list[tuple[int, str]]) -> tuple[str, ...]:
-    prompts = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"prompts={str(path)!r}, line {number}: no JSON ({error.msg}).") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f'prompts={str(path)!r}, line {number}: needs {{"prompt": "..."}}.')
-        prompts.append(row["prompt"])
-    return tuple(prompts)
+def _read_jsonl(path: Path, lines: list[tuple[int, str]]) -> tuple[_Line, ...]:
+    return tuple(_read_row(f"prompts={str(path)!r}, line {number}", line) for number, line in lines)
 
 
-_READERS: dict[str, Callable[[Path, list[tuple[int, str]]], tuple[str, ...]]] = {
+def _read_row(place: str, line: str) -> _Line:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: no JSON ({error.msg}).") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{place}: needs {{"prompt": "..."}}.')
+    reward, arguments = row.get("reward"), row.get("arguments")
+    if reward is not None and not isinstance(reward, str):
+        raise ValueError(f"{place}: reward={reward!r} needs the name of a reward; call the field otherwise.")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise ValueError(f'{place}: arguments={arguments!r} needs an object, such as {{"contains": "a hat"}}.')
+    if reward is None and arguments is None:
+        return _Line(row["prompt"])
+    return _Line(row["prompt"], Choice(reward, arguments or {}, place))
+
+
+_READERS: dict[str, Callable[[Path, list[tuple[int, str]]], tuple[_Line, ...]]] = {
     ".txt": _read_text,
     ".jsonl": _read_jsonl,
 }

@@ -3,10 +3,10 @@
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -18,12 +18,13 @@ from alignprop.adapters import Full, Lora, Trainable
 from alignprop.estimators import AlignProp, Estimate, Estimator
 from alignprop.memory import peak_resident_bytes
 from alignprop.prompts import batch as prompt_batch
-from alignprop.rewards import Reward, as_weighted_sum
+from alignprop.rewards import Reward, as_weighted_sum, check_scores
 from alignprop.rollout import Sampler
 from alignprop.spec import PipelineSpec
 
 Metrics = dict[str, Any]
-_PROMPTS, _NOISE, _ESTIMATOR, _DROPOUT = range(4)  # streams of random numbers that come from one seed
+Result = TypeVar("Result")
+_PROMPTS, _NOISE, _ESTIMATOR, _DROPOUT, _VIEWS = range(5)  # streams of random numbers that come from one seed
 
 
 class TrainingStopped(RuntimeError):
@@ -150,6 +151,8 @@ class Trainer:
     def train_step(self) -> Metrics:
         """One optimizer step: rollouts, rewards, gradients, all-reduce, clipping, update."""
         began = time.perf_counter()
+        if self.objective.needs_statistics:  # those of the step's own pictures, so that it is normalised as well
+            self.objective.observe(_gathered(self._each_micro_batch(self._score)))
         self.adamw.zero_grad()  # what a step that failed has left
         estimates = self._estimate_all()
         distributed.sum_gradients(list(self.parameters.values()))
@@ -160,23 +163,37 @@ class Trainer:
         return {**self._summary(estimates), "grad_norm": norm, "seconds": time.perf_counter() - began}
 
     def _estimate_all(self) -> list[Estimate]:
-        estimates, failure = [], None
         self.adapter.train()
         try:
-            estimates = [self._estimate(micro_batch) for micro_batch in range(self.accumulation)]
-        except ValueError as error:  # told to the other processes, which would wait for this one's gradients
-            failure = str(error)
+            return self._each_micro_batch(self._estimate)
         finally:
             self.adapter.eval()
+
+    def _each_micro_batch(self, work: Callable[[int], Result]) -> list[Result]:
+        results, failure = [], None
+        try:
+            results = [work(micro_batch) for micro_batch in range(self.accumulation)]
+        except ValueError as error:  # told to the other processes, which would wait for what this one has
+            failure = str(error)
         failures = [message for message in distributed.gather([failure]) if message]
         if failures:
             raise TrainingStopped(f"step {self.step + 1}: {failures[0]}")
-        return estimates
+        return results
+
+    def _score(self, micro_batch: int) -> dict[str, Tensor]:
+        """The rewards of a micro-batch of the present step, by name, without a gradient."""
+        prompts, seeds = self.batch(micro_batch)
+        with torch.no_grad(), self.objective.views_of(_view_seeds(seeds)):
+            pictures = self.sampler.sample(prompts, seeds)
+            components = self.objective.components(pictures, prompts)
+        for name, values in components.items():
+            check_scores(values, pictures, name, prompts)
+        return components
 
     def _estimate(self, micro_batch: int) -> Estimate:
         prompts, seeds = self.batch(micro_batch)
         stream = distributed.derive_seed(self.seed, _ESTIMATOR, self.step, micro_batch)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self.objective.views_of(_view_seeds(seeds)):
             torch.manual_seed(distributed.derive_seed(stream, _DROPOUT, distributed.process().process_index))
             return self.estimator(
                 self.sampler,
@@ -232,21 +249,29 @@ class Trainer:
         return self.optimizer.learning_rate * float(self.schedule(self.step + 1))
 
     def _summary(self, estimates: Sequence[Estimate]) -> Metrics:
-        scores = torch.cat(distributed.gather([torch.cat([e.scores for e in estimates]).float().cpu()]))
+        parts = _gathered([estimate.components for estimate in estimates])
+        scores = self.objective.add_up(parts)
+        optimised = self._optimised(parts)
         self.images_scored += len(scores)
-        names = estimates[0].components
-        parts = {name: torch.cat([e.components[name] for e in estimates]).float().cpu() for name in names}
-        rewards = {name: torch.cat(distributed.gather([values])).mean().item() for name, values in parts.items()}
+        self.objective.observe(parts)
         return {
             "step": self.step,
             "reward": scores.mean().item(),
             "reward_std": scores.std(correction=0).item(),
-            "rewards": rewards,
+            "rewards": {name: values.mean().item() for name, values in parts.items()},
+            **optimised,
             "lr": self.adamw.param_groups[0]["lr"],
             "live_steps": sum(e.live_steps for e in estimates) / len(estimates),
             "images_scored": self.images_scored,
             "peak_memory_mb": peak_resident_bytes(estimates[0].scores.device) / 2**20,
         }
+
+    def _optimised(self, parts: Mapping[str, Tensor]) -> Metrics:
+        """The mean of what is optimised, where scores are clamped or normalised, and the share above each target."""
+        if not self.objective.is_shaped:
+            return {}
+        shares = {name: clamped.share(parts[name]) for name, clamped in self.objective.clamped.items()}
+        return {"objective": self.objective.combine(parts).mean().item(), **({"clamped": shares} if shares else {})}
 
     def evaluated_weights(self) -> dict[str, Tensor]:
         """What is evaluated and saved: the average if there is one, else the present weights."""
@@ -264,6 +289,7 @@ class Trainer:
             "averaged_steps": 0 if self.ema is None else self.ema.optimization_step,
             "scaler": self.scaler.state_dict(),
             "best": self.best,
+            "rewards": self.objective.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -281,6 +307,20 @@ class Trainer:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
+        self.objective.load_state(state.get("rewards", {}))  # which checkpoints of the first versions have not
+
+
+def _view_seeds(seeds: Sequence[int]) -> list[int]:
+    """Seeds of what is drawn for a picture beside its noise, given those of the noise."""
+    return [distributed.derive_seed(seed, _VIEWS) for seed in seeds]
+
+
+def _gathered(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The scores of micro-batches by reward, of all processes, the same on each of them."""
+    return {
+        name: torch.cat(distributed.gather([torch.cat([part[name] for part in parts]).float().cpu()]))
+        for name in parts[0]
+    }
 
 
 @contextmanager

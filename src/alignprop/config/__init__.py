@@ -1,8 +1,16 @@
 """Configurations: typed and strict settings, recipes, and the trainer that they describe."""
 
-from alignprop.config.building import build, check_call, evaluation_sets, load_pipeline, load_terms, probed_modes
+from alignprop.config.building import (
+    build,
+    check_call,
+    device_of,
+    evaluation_sets,
+    load_pipeline,
+    load_terms,
+    probed_modes,
+)
 from alignprop.config.errors import ConfigError
-from alignprop.config.loading import Recipe, load_config, read_config, recipe_path, recipes, save
+from alignprop.config.loading import Recipe, load_config, read_config, read_overrides, recipe_path, recipes, save
 from alignprop.config.settings import Config, JudgeTerm, Model, Run
 
 __all__ = [
@@ -14,12 +22,14 @@ __all__ = [
     "Run",
     "build",
     "check_call",
+    "device_of",
     "evaluation_sets",
     "load_config",
     "load_pipeline",
     "load_terms",
     "probed_modes",
     "read_config",
+    "read_overrides",
     "recipe_path",
     "recipes",
     "save",

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignprop.config.checks import refusals
 from alignprop.config.errors import ConfigError, suggestion
 from alignprop.config.settings import (
     ESTIMATORS,
     Config,
     JudgeTerm,
     Model,
+    RewardTerm,
     Sampling,
     TruncationSettings,
 )
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from alignprop.prompts import Prompts
-    from alignprop.rewards import Reward
+    from alignprop.rewards import Reward, WeightedSum
     from alignprop.seams import Checkpointing
     from alignprop.trainer import Callback, Trainer
     from alignprop.truncation import Truncation
@@ -44,7 +46,6 @@ def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -
 
     from alignprop.adapters import Full, Lora
     from alignprop.prompts import load_prompts
-    from alignprop.rewards import WeightedSum
     from alignprop.trainer import Optimizer, Trainer
 
     if config.training.num_threads is not None:
@@ -52,9 +53,10 @@ def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -
     assert config.prompts.train is not None, "checked when the configuration was loaded"
     prompts = load_prompts(config.prompts.train, config.prompts.unseen)
     device = device_of(config.model)
-    weights = {name: term.weight for name, term in config.rewards.items()}
-    reward = WeightedSum(load_terms(config.rewards, device), weights)
-    judges = load_terms({name: term for name, term in config.judges.items() if name not in config.rewards}, device)
+    reward = load_objective(config.rewards, device, prompts)
+    _require_gradient(config, reward)
+    watched = {name: term for name, term in config.judges.items() if name not in config.rewards}
+    judges = load_terms(watched, device, prompts)
     pipeline = load_pipeline(config.model)
     check_call(pipeline, config.sampling)
     trainer = Trainer(
@@ -169,23 +171,71 @@ def check_call(pipeline: Any, sampling: Sampling) -> None:
         raise ConfigError(problems)
 
 
-def load_terms(terms: Mapping[str, JudgeTerm], device: torch.device | str) -> dict[str, Reward]:
-    """Load rewards, and move those that are models to the pipeline's device."""
+def _require_gradient(config: Config, reward: WeightedSum) -> None:
+    """Refuse rewards of the user's that say they have no gradient; those with a name have been refused already."""
+    from alignprop.rewards import is_differentiable
+
+    blind = [f"rewards.{name}" for name, part in reward.rewards.items() if not is_differentiable(part)]
+    if problems := refusals(config.estimator.name, blind):
+        raise ConfigError(problems)
+
+
+def load_objective(
+    terms: Mapping[str, RewardTerm], device: torch.device | str, prompts: Prompts | None = None
+) -> WeightedSum:
+    """Load the rewards that are trained, with all that their settings put around them; see :func:`load_terms`."""
+    from alignprop.rewards import WeightedSum
+
+    rewards = load_terms(terms, device, prompts)
+    wrapped = {name: _wrapped(name, term, rewards[name]) for name, term in terms.items()}
+    return WeightedSum(wrapped, {name: term.weight for name, term in terms.items()})
+
+
+def load_terms(
+    terms: Mapping[str, JudgeTerm], device: torch.device | str, prompts: Prompts | None = None
+) -> dict[str, Reward]:
+    """Load rewards as they are measured, and move those that are models to the pipeline's device.
+
+    Args:
+        terms: by name.
+        device: of the pipeline.
+        prompts: whose lines choose the reward of a term that is ``per_prompt``; None for none that do.
+    """
     from torch import nn
 
-    rewards = {name: _load_term(name, term) for name, term in terms.items()}
+    rewards = {name: _load_term(name, term, prompts) for name, term in terms.items()}
     return {name: reward.to(device) if isinstance(reward, nn.Module) else reward for name, reward in rewards.items()}
 
 
-def _load_term(name: str, term: JudgeTerm) -> Reward:
-    from alignprop.rewards import OnFrames, load_reward, modality_of
+def _load_term(name: str, term: JudgeTerm, prompts: Prompts | None) -> Reward:
+    from alignprop.rewards import OnFrames, load_per_prompt, load_reward, modality_of
 
-    reward = load_reward(term.target or name, **term.arguments)
+    reward: Reward
+    if term.per_prompt and prompts is not None:
+        everything = (*prompts.train, *prompts.unseen)
+        reward = load_per_prompt(term.target or name, term.arguments, everything, prompts.choices)
+    else:
+        reward = load_reward(term.target or name, **term.arguments)
     if term.frames is None:
         return reward
     if modality_of(reward) != "image":
         raise ConfigError([f"rewards.{name}.frames={term.frames}: the reward takes whole videos; leave it out."])
     return OnFrames(reward, term.frames)
+
+
+def _wrapped(name: str, term: RewardTerm, reward: Reward) -> Reward:
+    """A reward as it is optimised, in the wrappers of its settings."""
+    from alignprop.rewards import Augmented, Checkpointed, Clamped, Normalised, modality_of
+
+    if term.augment is not None and modality_of(reward) == "audio":
+        raise ConfigError([f"rewards.{name}.augment is of pictures, and the reward takes waveforms; leave it out."])
+    if term.checkpoint:
+        reward = Checkpointed(reward)
+    if term.augment is not None:
+        reward = Augmented(reward, **term.augment.model_dump())
+    if term.clamp_above is not None:
+        reward = Clamped(reward, term.clamp_above)
+    return Normalised(reward) if term.normalise else reward
 
 
 def device_of(model: Model) -> torch.device:

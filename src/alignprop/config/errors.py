@@ -17,6 +17,8 @@ _NEEDS = {
     "float_type": "a number",
     "float_parsing": "a number",
     "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
     "string_type": "text",
     "dict_type": "a mapping of settings",
     "model_type": "a mapping of settings",

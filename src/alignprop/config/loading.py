@@ -75,6 +75,22 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings that stand alone, such as the arguments of a reward.
+
+    Args:
+        overrides: ``key=value``, the value in YAML.
+
+    Raises:
+        ConfigError: with all that is wrong.
+    """
+    data: dict[str, Any] = {}
+    problems = [problem for override in overrides for problem in _apply(data, override)]
+    if problems:
+        raise ConfigError(problems)
+    return data
+
+
 def recipe_path(recipe: str | Path) -> Path:
     """The file of a recipe or configuration.
 

@@ -145,21 +145,55 @@ class JudgeTerm(Section):
         target: ``module:attribute``, where the key is a name of your own choice.
         arguments: of the reward.
         frames: of a video on which a reward of pictures is applied, evenly spaced.
+        per_prompt: whether the lines of a JSONL prompt file choose the reward or its arguments for their prompt, with
+            the fields ``reward`` and ``arguments``; a line without them gets this one as it is.
     """
 
     target: str | None = None
     arguments: dict[str, Any] = {}
     frames: Count | None = None
+    per_prompt: bool = False
+
+
+class Augmentation(Section):
+    """Random views of a picture over which a reward is averaged; see :class:`alignprop.rewards.Augmented`.
+
+    Attributes:
+        views: how many; each costs what the reward costs.
+        shift: largest shift in pixels.
+        crop: largest part of height and width that is cut away before the rest is enlarged again.
+        noise: deviation of Gaussian noise, where white is 1.
+    """
+
+    views: Count = 4
+    shift: Natural = 2
+    crop: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.02
+
+
+def _augmentation(value: Any) -> Any:
+    """True and false for the defaults and for none."""
+    return ({} if value else None) if isinstance(value, bool) else value
 
 
 class RewardTerm(JudgeTerm):
     """A reward that is trained.
 
+    Scores are reported as the reward gives them; ``clamp_above`` and ``normalise`` change what is optimised.
+
     Attributes:
         weight: in the sum; negative to push it down.
+        clamp_above: score that is enough: above it the gradient is exactly zero.
+        normalise: whether the weight is of the reward in deviations of its own scores, by running statistics.
+        augment: random views over which it is averaged in training; true for the defaults.
+        checkpoint: whether its activations are computed again in the backward pass, to save memory.
     """
 
     weight: float = 1.0
+    clamp_above: float | None = None
+    normalise: bool = False
+    augment: Annotated[Augmentation | None, BeforeValidator(_augmentation)] = None
+    checkpoint: bool = False
 
 
 def _judges(value: Any) -> Any:

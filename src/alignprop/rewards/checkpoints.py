@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ PINNED = {
 }
 """Commits at which repositories of the hub are read where no other revision is asked for."""
 
+_shared: ContextVar[dict[Any, Any] | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def shared_models() -> Iterator[None]:
+    """Inside the context `load_model` gives one object for one checkpoint: rewards then share its weights."""
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
 
 def load_model(auto_class: Any, model: str, revision: str | None, kind: str, setting: str = "model") -> Any:
     """Load a transformers model in float32, frozen and in evaluation mode.
@@ -36,6 +49,9 @@ def load_model(auto_class: Any, model: str, revision: str | None, kind: str, set
     Raises:
         ValueError: There is no such checkpoint, it is of another kind, or some of its weights are missing.
     """
+    shared, key = _shared.get(), (auto_class, model, revision)
+    if shared is not None and key in shared:
+        return shared[key]
     with explained(model, kind, setting):
         loaded, info = auto_class.from_pretrained(
             model, revision=_pinned(model, revision), dtype=torch.float32, output_loading_info=True
@@ -46,7 +62,10 @@ def load_model(auto_class: Any, model: str, revision: str | None, kind: str, set
             f"{setting}={model!r} is no {kind}: it lacks {len(missing)} weights such as {missing[0]!r}; "
             "give a checkpoint that was trained as one."
         )
-    return loaded.eval().requires_grad_(False)
+    loaded.eval().requires_grad_(False)
+    if shared is not None:
+        shared[key] = loaded
+    return loaded
 
 
 def load_part(

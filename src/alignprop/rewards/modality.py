@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from alignprop.rewards.differentiable import is_differentiable
+
 if TYPE_CHECKING:
     from alignprop.rewards.base import Reward
 
@@ -62,6 +64,7 @@ class OnFrames(nn.Module):
         """
         super().__init__()
         self.reward = reward
+        self.differentiable = is_differentiable(reward)
         self.num_frames = num_frames
 
     def forward(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:

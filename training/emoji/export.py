@@ -49,12 +49,12 @@ def latest_pipeline() -> StableDiffusionPipeline:
     return pipe
 
 
-def write_head(folder: Path) -> None:
-    """Copy the aesthetic head, in half precision."""
-    folder.mkdir()
-    state = load_file(BUILD / "head" / "model.safetensors")
+def write_head(source: Path, folder: Path) -> None:
+    """Copy the aesthetic head or the style classifier, in half precision."""
+    folder.mkdir(exist_ok=True)
+    state = load_file(source / "model.safetensors")
     save_file({name: tensor.half() for name, tensor in state.items()}, folder / "model.safetensors")
-    shutil.copy(BUILD / "head" / "config.json", folder)
+    shutil.copy(source / "config.json", folder)
 
 
 def export() -> None:
@@ -64,7 +64,8 @@ def export() -> None:
     latest_pipeline().to(dtype=torch.float16).save_pretrained(partial)
     CLIPModel.from_pretrained(BUILD / "clip").half().save_pretrained(partial / "clip")
     load_tokenizer().save_pretrained(partial / "clip")
-    write_head(partial / "aesthetic")
+    write_head(BUILD / "head", partial / "aesthetic")
+    write_head(BUILD / "classifier", partial / "classifier")
     shutil.copytree(CARD, partial, dirs_exist_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     if WEIGHTS.exists():

@@ -1,4 +1,4 @@
-"""The embedded text-to-image model: a small latent diffusion model of emoji drawings, with its CLIP and aesthetic head.
+"""The embedded text-to-image model: a small latent diffusion model of emoji drawings, with its CLIP and two heads.
 
 It is a real `StableDiffusionPipeline` of 64 px pictures that ships inside the package, so that every recipe,
 test and example has a model without a download. `weights/README.md` is the model card.
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from alignprop.emoji.aesthetic import AestheticHead, aesthetic_features, image_features, preprocess
+from alignprop.emoji.style import STYLES, StyleClassifier
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPModel, CLIPTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Folder of the model: a `StableDiffusionPipeline` with `clip/` and `aesthetic/` beside its parts."""
+"""Folder of the model: a `StableDiffusionPipeline` with `clip/`, `aesthetic/` and `classifier/` beside its parts."""
 
 IMAGE_SIZE = 64
 """Height and width of the model's pictures in pixels."""
@@ -55,6 +56,11 @@ def aesthetic() -> AestheticHead:
     return AestheticHead.from_pretrained(WEIGHTS / "aesthetic").eval().requires_grad_(False)
 
 
+def classifier() -> StyleClassifier:
+    """Load the classifier of styles of drawing, frozen, in evaluation mode and float32."""
+    return StyleClassifier.from_pretrained(WEIGHTS / "classifier").eval().requires_grad_(False)
+
+
 def prompts(name: str) -> list[str]:
     """Read a list of prompts of the package, one a line.
 
@@ -73,10 +79,13 @@ def prompts(name: str) -> list[str]:
 
 __all__ = [
     "IMAGE_SIZE",
+    "STYLES",
     "WEIGHTS",
     "AestheticHead",
+    "StyleClassifier",
     "aesthetic",
     "aesthetic_features",
+    "classifier",
     "clip",
     "image_features",
     "pipeline",

@@ -325,8 +325,7 @@ def test_help_has_examples_and_fits_a_narrow_terminal(command):
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "60", "TERMINAL_WIDTH": "60"})
     assert result.exit_code == 0
     assert max(map(len, result.output.splitlines())) <= 60
-    if command != "rewards":
-        assert f"alignprop {command}" in result.output
+    assert f"alignprop {command}" in result.output
 
 
 def test_two_processes_choose_one_folder_and_print_once(recipe, tmp_path):

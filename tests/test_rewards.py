@@ -17,6 +17,7 @@ from PIL import Image
 from alignprop.pixels import from_pil, to_pil
 from alignprop.rewards import REWARDS, WeightedSum, as_weighted_sum, check_scores, jpeg, load_reward
 from alignprop.rewards.colour import brightness, redness
+from pictures import photograph
 
 
 def file_kilobytes(picture, quality):
@@ -48,6 +49,11 @@ SIZES = [(64, 64), (96, 96), (128, 128), (50, 75), (33, 128), (200, 71)]
 PICTURES = [
     *(drawing(*SIZES[i % 6], num_shapes=(0, 1, 3, 8, 20)[i % 5], seed=i) for i in range(30)),
     *(blurred_noise(*SIZES[i % 6], (0, 0.5, 1, 2, 5)[i % 5], (4, 15, 40)[i % 3], seed=i) for i in range(30)),
+]
+LARGE_SIZES = [(256, 256), (512, 512), (384, 512), (512, 300)]
+LARGE_PICTURES = [
+    *(drawing(*LARGE_SIZES[i % 4], num_shapes=(1, 8, 40)[i % 3], seed=i) for i in range(100, 106)),
+    *(blurred_noise(*LARGE_SIZES[i % 4], (0, 1, 4)[i % 3], (8, 30)[i % 2], seed=i) for i in range(100, 106)),
 ]
 
 
@@ -93,19 +99,22 @@ def test_zigzag_order():
 # JPEG: the estimate against real files
 
 
-@pytest.mark.parametrize("quality", [20, 50, 75, 90, 95])
-def test_estimate_follows_real_file_sizes(quality):
+@pytest.mark.parametrize("quality", [10, 20, 50, 75, 90, 95])
+def test_estimate_follows_real_file_sizes_from_64_to_512_pixels(quality):
     score = load_reward("jpeg-incompressibility", quality=quality)
-    estimates = np.array([score(from_pil([picture]), [""]).item() for picture in PICTURES])
-    real = np.array([file_kilobytes(picture, quality) for picture in PICTURES])
+    photographs = [photograph(size, size) for size in (64, 128, 256, 512)]
+    pictures = [*PICTURES, *LARGE_PICTURES, *photographs]
+    estimates = np.array([score(from_pil([picture]), [""]).item() for picture in pictures])
+    real = np.array([file_kilobytes(picture, quality) for picture in pictures])
     ratio = estimates / real
     print(
         f"quality {quality}: rank correlation {scipy.stats.spearmanr(estimates, real).statistic:.4f}, "
         f"ratio mean {ratio.mean():.3f}, {ratio.min():.3f} to {ratio.max():.3f}"
     )
     assert scipy.stats.spearmanr(estimates, real).statistic >= 0.99
-    assert abs(ratio.mean() - 1) < 0.03
-    assert abs(ratio - 1).max() < 0.15
+    assert abs(ratio.mean() - 1) < 0.02
+    assert abs(ratio[: len(PICTURES)] - 1).max() < 0.17  # 0.16 at quality 10, 0.13 at 95
+    assert abs(ratio - 1).max() < 0.22  # faint white noise at quality 10, whose coefficients are all near rounding
 
 
 def test_plain_pictures_cost_their_header_and_blocks():
@@ -405,7 +414,7 @@ def test_emoji_rewards_gradient_agrees_with_finite_differences(name):
     assert (gradient * direction).sum().item() == pytest.approx(difference, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name, card in REWARDS.items() if not card.downloads])
+@pytest.mark.parametrize("name", [name for name, card in REWARDS.items() if card.differentiable and not card.downloads])
 def test_every_named_reward_keeps_the_contract(name):
     """A new row of the table inherits this; those that download their weights are tested by files of their own."""
     images = from_pil([drawing(64, 64, 5, seed) for seed in range(2)]).requires_grad_()

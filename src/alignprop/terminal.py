@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
+from rich.table import Column, Table
 
 from alignprop.config import ConfigError
 
 if TYPE_CHECKING:
     from alignprop.config import Config, Model
     from alignprop.probe import Finding
+    from alignprop.rewards import RewardCard
+    from alignprop.rewards.doctor import Diagnosis
     from alignprop.trainer import Trainer
 
 FAILED, UNUSABLE_SETTINGS, INTERRUPTED = 1, 2, 130
@@ -130,6 +135,99 @@ def tell_findings(findings: Sequence[Finding]) -> None:
     for finding in findings:
         mark = "[green]✓[/]" if finding.passed else "[bold red]✗[/]"
         tell(f"{mark} {finding.name}: {escape(finding.detail)}")
+
+
+_MARKS = {"sound": "[green]✓[/]", "doubtful": "[yellow]![/]", "broken": "[bold red]✗[/]", "idle": "[dim]·[/]"}
+
+
+def tell_diagnosis(diagnosis: Diagnosis) -> None:
+    """One line for each thing that the reward doctor examined, and a conclusion."""
+    table = Table(
+        Column(no_wrap=True), Column(no_wrap=True), Column(), box=None, show_header=False, padding=(0, 1, 0, 0)
+    )
+    for finding in diagnosis.findings:
+        table.add_row(_MARKS[finding.verdict], finding.name, escape(finding.detail))
+    console().print(table)
+    doubtful = sum(finding.verdict == "doubtful" for finding in diagnosis.findings)
+    if diagnosis.broken:
+        tell("\n[bold red]Broken:[/] mend what is marked ✗ before you use it.")
+    elif doubtful:
+        tell(f"\n[yellow]Usable[/], with {doubtful} {'warning' if doubtful == 1 else 'warnings'}.")
+    else:
+        tell("\n[green]Sound.[/]")
+
+
+def reward_list(cards: Mapping[str, RewardCard], arguments: Mapping[str, Iterable[str]]) -> Table:
+    """A table of the rewards that fits 80 columns.
+
+    Args:
+        cards: by name.
+        arguments: their arguments' names, by the reward's name.
+    """
+    widths = {"range": 16, "weights": 7, "download": 9, "licence": 11, "grad": 4}
+    facts_of = [Column(header, width=width, overflow="fold") for header, width in widths.items()]
+    table = Table("reward", *facts_of, box=None, padding=(0, 1, 0, 0))
+    for name, card in cards.items():
+        named = ", ".join(arguments[name])
+        lines = [f"[bold]{name}[/]", card.summary, f"[dim]takes {named}[/]" if named else ""]
+        gradient = "yes" if card.differentiable else "[yellow]no[/]"
+        facts = (card.value_range, card.weights or "none", card.downloads or "none", card.license)
+        table.add_row("\n".join(filter(None, lines)), *map(escape, facts), gradient)
+        table.add_row()
+    return table
+
+
+def tell_reward(name: str, card: RewardCard | None, arguments: Mapping[str, Parameter], explanation: str) -> None:
+    """Everything about one reward.
+
+    Args:
+        name: of `REWARDS`, or the user's own.
+        card: None for the user's own.
+        arguments: that it takes, by name.
+        explanation: its docstrings.
+    """
+    tell(f"[bold]{escape(name)}[/]")
+    facts = {}
+    if card is not None:
+        facts = {
+            "measures": card.summary,
+            "range": card.value_range,
+            "gradient": "yes" if card.differentiable else "no: for judges, and for estimators that need none",
+            "weights": card.weights or "none",
+            "download": card.downloads or "none",
+            "licence": card.license,
+        }
+    for argument, parameter in arguments.items():
+        facts[f"--set {argument}=..."] = _declared(parameter)
+    table = Table(Column(no_wrap=True), Column(), box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, value in facts.items():
+        table.add_row(escape(key), escape(value))
+    console().print(table)
+    tell()
+    for indent, paragraph in _paragraphs(explanation):
+        console().print(Padding(escape(paragraph), (0, 0, 0, indent)))
+
+
+def _paragraphs(docstring: str) -> Iterator[tuple[int, str]]:
+    """The paragraphs of a docstring, each with its indent; one begins after a blank line, a heading or an argument."""
+    paragraph, indent = "", 0
+    for line in [*docstring.splitlines(), ""]:
+        begins = re.match(r"(Args|Returns|Raises|Attributes):$| {4}\w+: ", line)
+        if paragraph and (not line or begins or paragraph.endswith(":")):
+            yield indent, paragraph
+            paragraph = ""
+        if not line:
+            yield 0, ""
+        elif paragraph:
+            paragraph += " " + line.strip()
+        else:
+            paragraph, indent = line.strip(), len(line) - len(line.lstrip())
+
+
+def _declared(parameter: Parameter) -> str:
+    kind = parameter.annotation if isinstance(parameter.annotation, str) else ""
+    default = "needed" if parameter.default is parameter.empty else f"default {parameter.default!r}"
+    return f"{kind}, {default}" if kind else default
 
 
 def conclude(config: Config, folder: Path) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
-from alignprop.estimators.base import Estimate
+from alignprop.estimators.base import Estimate, require_gradient
 from alignprop.rewards import WeightedSum, check_scores
 from alignprop.rollout import Sampler
 from alignprop.seams import Checkpointing
@@ -24,6 +25,8 @@ class AlignProp:
         checkpointing: activation checkpointing of the live steps, or a function from K to a mode.
     """
 
+    needs_gradient: ClassVar[bool] = True
+
     truncation: Truncation = field(default_factory=Uniform)
     checkpointing: Checkpointing | Callable[[int], Checkpointing] = "none"
 
@@ -38,6 +41,7 @@ class AlignProp:
         weight: float,
     ) -> Estimate:
         """One rollout and its backward pass; see :class:`~alignprop.estimators.base.Estimator`."""
+        require_gradient(reward, type(self).__name__)
         rollout = sampler.rollout(
             prompts,
             seeds,

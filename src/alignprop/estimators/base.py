@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from alignprop.rewards import WeightedSum
+from alignprop.rewards import WeightedSum, is_differentiable
 from alignprop.rollout import Sampler
 
 
@@ -29,7 +29,13 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """Accumulates the gradient of the expected reward."""
+    """Accumulates the gradient of the expected reward.
+
+    Attributes:
+        needs_gradient: whether it backpropagates the reward, so that it must be differentiable.
+    """
+
+    needs_gradient: ClassVar[bool]
 
     def __call__(
         self,
@@ -55,3 +61,33 @@ class Estimator(Protocol):
             ValueError: the reward is not usable (shape, not finite, no gradient).
         """
         ...
+
+
+def require_gradient(reward: WeightedSum, estimator: str) -> None:
+    """Refuse rewards that have no gradient, before anything is sampled.
+
+    Args:
+        reward: what an estimator is about to backpropagate.
+        estimator: its name.
+
+    Raises:
+        ValueError: one of the rewards says that it is not differentiable.
+    """
+    from alignprop import estimators  # which imports this module
+
+    blind = [name for name, part in reward.rewards.items() if not is_differentiable(part)]
+    if blind:
+        known = {name: getattr(estimators, name) for name in estimators.__all__}
+        free = [name for name, found in known.items() if not getattr(found, "needs_gradient", True)]
+        raise ValueError(f"reward {', '.join(map(repr, blind))} {no_gradient(estimator, free)}")
+
+
+def no_gradient(estimator: str, others: Sequence[str]) -> str:
+    """The second half of the sentence that refuses a reward.
+
+    Args:
+        estimator: what it is refused by.
+        others: estimators that can train on it.
+    """
+    use = f"train on it with {' or '.join(others)}, or" if others else "no estimator of this version does without;"
+    return f"has no gradient, which {estimator} needs: {use} watch it as a judge."

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignprop.rewards.checkpoints import load_model, load_part
-from alignprop.rewards.preprocessing import Preprocessing
+from alignprop.rewards.preprocessing import Preprocessing, compared
 
 KIND = "image classifier of transformers"
 
@@ -55,6 +55,10 @@ class ImageClassifier(nn.Module):
             log_odds = log_odds - logits[:, others].logsumexp(1)
         # The logarithm of a probability near 1 keeps its digits this way, where log(1 - p) would lose them.
         return F.logsigmoid(-log_odds if self.absent else log_odds)
+
+    def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model is given, and what its own image processor gives it."""
+        return compared(self.preprocess, images)
 
 
 def find_label(label: str | int, names: Mapping[int, str]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from alignprop.rewards.clip import VIT_L_14, load_clip
+from alignprop.rewards.preprocessing import compared
 
 
 class ClipScore(nn.Module):
@@ -33,3 +34,7 @@ class ClipScore(nn.Module):
         """Score pictures (B, 3, H, W) in [0, 1]: shape (B,), -1 to 1."""
         similarity: Tensor = self.clip(images, prompts)
         return similarity
+
+    def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model is given, and what its own image processor gives it."""
+        return compared(self.clip.images.preprocess, images)

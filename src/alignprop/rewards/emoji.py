@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from alignprop import emoji
+from alignprop.pixels import from_pil, to_pil
 
 
 class EmojiAesthetic(nn.Module):
@@ -24,6 +25,10 @@ class EmojiAesthetic(nn.Module):
         rating: Tensor = self.head(emoji.aesthetic_features(self.clip, images))
         return rating
 
+    def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the CLIP is given, and the same by Pillow."""
+        return emoji.preprocess(images), by_pillow(images)
+
 
 class EmojiClip(nn.Module):
     """Cosine similarity of image and prompt, -1 to 1; a prompt's embedding is computed once."""
@@ -37,8 +42,21 @@ class EmojiClip(nn.Module):
         """Score each image."""
         return cosine_similarity(emoji.image_features(self.clip, images), self._embed(prompts).to(images))
 
+    def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the CLIP is given, and the same by Pillow."""
+        return emoji.preprocess(images), by_pillow(images)
+
     def _embed(self, prompts: Sequence[str]) -> Tensor:
         for prompt in set(prompts) - self._embeddings.keys():  # each alone: its score must not depend on its company
             tokens = self.tokenizer([prompt], truncation=True, return_tensors="pt").to(self.clip.device)
             self._embeddings[prompt] = self.clip.text_projection(self.clip.text_model(**tokens).pooler_output)[0]
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
+
+
+def by_pillow(images: Tensor) -> Tensor:
+    """The embedded CLIP's preprocessing of pictures (B, 3, H, W) in [0, 1] as 8-bit files, without gradient."""
+    from PIL import Image
+
+    size = (emoji.IMAGE_SIZE, emoji.IMAGE_SIZE)
+    resized = [picture.resize(size, Image.Resampling.BILINEAR) for picture in to_pil(images)]
+    return 2 * from_pil(resized).to(images) - 1

@@ -81,14 +81,24 @@ def incompressibility(quality: int = 95) -> JpegSize:
     return JpegSize(1, quality)
 
 
-def quantisation_tables(quality: int) -> Tensor:
-    """Return libjpeg's quantisation steps of luma and chroma, shape (2, 8, 8).
+def check_quality(quality: int) -> int:
+    """Return it.
 
     Raises:
         ValueError: `quality` is outside 1 to 100.
     """
     if not 1 <= quality <= 100:
         raise ValueError(f"quality={quality} needs 1 <= quality <= 100.")
+    return quality
+
+
+def quantisation_tables(quality: int) -> Tensor:
+    """Return libjpeg's quantisation steps of luma and chroma, shape (2, 8, 8).
+
+    Raises:
+        ValueError: `quality` is outside 1 to 100.
+    """
+    quality = check_quality(quality)
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
     base = torch.tensor([LUMA_TABLE, CHROMA_TABLE]).view(2, 8, 8)
     return ((base * percent + 50) // 100).clamp(1, 255)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from alignprop.rewards.checkpoints import check_layout, load_model, load_tensors
 from alignprop.rewards.clip import KIND as CLIP_KIND
 from alignprop.rewards.clip import VIT_L_14, ImageEncoder, load_preprocessing
+from alignprop.rewards.preprocessing import compared
 
 MODEL = "trl-lib/ddpo-aesthetic-predictor"
 KIND = "LAION aesthetic predictor v2"
@@ -50,6 +51,10 @@ class LaionAesthetic(nn.Module):
         """Score pictures (B, 3, H, W) in [0, 1]: shape (B,)."""
         rating: Tensor = self.predictor(self.encoder(images))
         return rating
+
+    def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model is given, and what its own image processor gives it."""
+        return compared(self.encoder.preprocess, images)
 
 
 class Predictor(nn.Module):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from alignprop.pixels import normalise
 from alignprop.rewards.checkpoints import check_vocabulary, load_model, load_part
-from alignprop.rewards.preprocessing import Preprocessing
+from alignprop.rewards.preprocessing import Preprocessing, compared
 
 MODEL = "google/owlv2-base-patch16-ensemble"
 KIND = "open-vocabulary detector (OWL-ViT, OWLv2 or Grounding DINO of transformers)"
@@ -104,6 +104,10 @@ class Objects(nn.Module):
         z = SHARPNESS * (boxes.logits - math.log(self.threshold / (1 - self.threshold)))
         z = z - SUPPRESSION * ~distinct(boxes, OVERLAP)
         return log_some(z) if self.count is None else log_exactly(z, self.count)
+
+    def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model is given, and what its own image processor gives it."""
+        return compared(self.detector.preprocess, images)
 
 
 def best_boxes(boxes: Boxes, number: int) -> Boxes:
@@ -223,15 +227,16 @@ class SquarePreprocessing:
     and mirrors the picture at its border. Both are linear in the pixels and the same for rows and columns.
     """
 
-    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float], processor: Any = None) -> None:
         """Choose the result.
 
         Args:
             size: Height and width.
             mean: Subtracted, one number a channel.
             std: Divided by, one number a channel.
+            processor: The image processor of transformers that does the same without gradient.
         """
-        self.size, self.mean, self.std = size, mean, std
+        self.size, self.mean, self.std, self.processor = size, mean, std, processor
 
     def __call__(self, images: Tensor) -> Tensor:
         """Prepare pictures (B, 3, H, W) in [0, 1]; gradient passes."""
@@ -305,4 +310,4 @@ _FAMILIES: dict[str, tuple[type[Owl | GroundingDino], str]] = {
 def _preprocessing(model_type: str, processor: Any, model: str) -> Callable[[Tensor], Tensor]:
     if model_type != "owlv2":
         return Preprocessing.of(processor, model)
-    return SquarePreprocessing(processor.size["height"], processor.image_mean, processor.image_std)
+    return SquarePreprocessing(processor.size["height"], processor.image_mean, processor.image_std, processor)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from alignprop.rewards.clip import VIT_H_14, load_clip
+from alignprop.rewards.preprocessing import compared
 
 MODEL = "yuvalkirstain/PickScore_v1"
 
@@ -35,3 +36,7 @@ class PickScore(nn.Module):
         """Score pictures (B, 3, H, W) in [0, 1]: shape (B,)."""
         scores: Tensor = self.clip.logit_scale.exp() * self.clip(images, prompts)
         return scores
+
+    def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model is given, and what its own image processor gives it."""
+        return compared(self.clip.images.preprocess, images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ class Preprocessing:
         crop: Height and width of the crop, padded with black where the picture is smaller; None for no crop.
         mean: Subtracted, one number a channel; None for no normalisation.
         std: Divided by, one number a channel.
+        processor: The image processor that was read, if any.
     """
 
     size: Mapping[str, int] | None
@@ -43,6 +44,7 @@ class Preprocessing:
     crop: tuple[int, int] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    processor: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, processor: Any, model: str) -> Preprocessing:
@@ -61,7 +63,7 @@ class Preprocessing:
                 f"model={model!r} prepares pictures with {type(processor).__name__}, which does more than resize, "
                 "crop and normalise; choose a model that does not, or write the reward as a function."
             )
-        return steps
+        return replace(steps, processor=processor)
 
     @classmethod
     def _read(cls, processor: Any) -> Preprocessing | None:
@@ -94,14 +96,28 @@ class Preprocessing:
 
     def _agrees(self, processor: Any, height: int, width: int) -> bool:
         pictures = _test_picture(height, width)
-        expected = processor(to_pil(pictures), return_tensors="pt").get("pixel_values")
-        ours = self(pictures)
+        expected, ours = processed(processor, pictures), self(pictures)
         tolerance = _CHECKED_LEVELS / 255 / min(self.std or (1.0,))
         return (
             isinstance(expected, Tensor)
             and expected.shape == ours.shape
             and bool((expected - ours).abs().max() <= tolerance)
         )
+
+
+def processed(processor: Any, pictures: Tensor) -> Any:
+    """What an image processor of transformers makes of pictures (B, 3, H, W) in [0, 1], rounded to 8 bits."""
+    return processor(to_pil(pictures), return_tensors="pt").get("pixel_values")
+
+
+def compared(preprocess: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What a model is given, and what its own image processor gives it.
+
+    Args:
+        preprocess: Prepares pictures with gradient, and has the image processor as its attribute `processor`.
+        images: Shape (B, 3, H, W) in [0, 1].
+    """
+    return preprocess(images), processed(preprocess.processor, images).to(images)
 
 
 def output_size(shape: Sequence[int], size: Mapping[str, int]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from alignprop.rewards.checkpoints import explained, load_model, load_part
-from alignprop.rewards.preprocessing import Preprocessing
+from alignprop.rewards.preprocessing import Preprocessing, compared
 
 KIND = "LLaVA of transformers (LlavaForConditionalGeneration)"
 QUESTION = "Does this picture show {prompt}? Answer yes or no."
@@ -79,6 +79,10 @@ class VlmQuestion(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores: Tensor = logits[:, self.answers].logsumexp(1) - logits.logsumexp(1)
         return scores
+
+    def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model is given, and what its own image processor gives it."""
+        return compared(self.preprocess, images)
 
     def _encode(self, question: str, height: int, width: int) -> Tensor:
         """Tokens of the conversation about a picture of a size, with the places that the picture takes."""

@@ -264,13 +264,28 @@ def test_automatic_checkpointing_keeps_to_the_memory_given(recipe, tmp_path):
 
 def test_sample_draws_the_pipelines_pictures_at_the_seeds_asked_for(model, recipe, tmp_path):
     trained(recipe, "a", "--set", "training.steps=2", "--set", "optimizer.learning_rate=0.5")
-    assert run("sample", "-p", "a fox", "--seed", 7, "--model", model, "--steps", 3, "--out", "one.png").exit_code == 0
+    assert (
+        run("sample", "-p", "a fox", "--seed", 7, "--model", model, "--steps", 3, "--output", "one.png").exit_code == 0
+    )
     assert Image.open("one.png").size == (16, 16)
-    assert run("sample", "-p", "a fox", "--seed", 7, "--adapter", "a", "--out", "tuned.png").exit_code == 0
-    assert run("sample", "-p", "a fox", "--seed", 7, "--adapter", "a/adapter", "--out", "again.png").exit_code == 0
+    assert run("sample", "-p", "a fox", "--seed", 7, "--adapter", "a", "--output", "tuned.png").exit_code == 0
+    assert run("sample", "-p", "a fox", "--seed", 7, "--adapter", "a/adapter", "--output", "again.png").exit_code == 0
     assert (tmp_path / "tuned.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     result = run(
-        "sample", "-p", "a fox", "-p", "an ox", "-n", 2, "--seed", 7, "--adapter", "a", "--compare", "--out", "all.png"
+        "sample",
+        "-p",
+        "a fox",
+        "-p",
+        "an ox",
+        "-n",
+        2,
+        "--seed",
+        7,
+        "--adapter",
+        "a",
+        "--compare",
+        "--output",
+        "all.png",
     )
     assert result.exit_code == 0, result.output
     grid, tuned = Image.open("all.png").convert("RGB"), Image.open("tuned.png").convert("RGB")
@@ -301,7 +316,7 @@ def test_export_writes_for_other_programs(recipe, model, tmp_path):
     assert run("export", "a").exit_code == 0
     clean = tiny.stable_diffusion()
     clean.load_lora_weights("a/adapter", weight_name="kohya.safetensors")
-    assert run("export", "a", "--format", "merged", "--out", "merged").exit_code == 0
+    assert run("export", "a", "--format", "merged", "--output", "merged").exit_code == 0
     merged = StableDiffusionPipeline.from_pretrained("merged", safety_checker=None)
     theirs, ours = (Sampler(p, tiny.CALL).sample(tiny.PROMPTS, [0, 1]) for p in (merged, clean))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)

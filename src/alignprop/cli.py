@@ -173,7 +173,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the next has the next.")] = 0,
     steps: Steps = None,
     guidance: Guidance = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="A PNG; several pictures become a grid.")] = Path(
+    output: Annotated[Path, typer.Option(metavar="FILE", help="A PNG; several pictures become a grid.")] = Path(
         "sample.png"
     ),
 ) -> None:
@@ -200,8 +200,8 @@ def sample(
             pairs = (
                 [column for pair in zip(base, adapted, strict=True) for column in pair] if compare else base + adapted
             )
-            write_pictures(pairs, out)
-        tell(f"Wrote {escape(str(out))}")
+            write_pictures(pairs, output)
+        tell(f"Wrote {escape(str(output))}")
 
 
 @app.command()
@@ -250,7 +250,7 @@ def evaluate(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an adapter's.")],
-    out: Annotated[Path | None, typer.Option(metavar="PATH", help="The file, or for merged the folder.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="PATH", help="The file, or for merged the folder.")] = None,
     format: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.KOHYA,
     pipeline: Annotated[
         str | None, typer.Option(help="Class of the pipeline, for an adapter from elsewhere: FluxPipeline.")
@@ -261,18 +261,18 @@ def export(
 
     [bold]alignprop export runs/mine[/]
 
-    [bold]alignprop export runs/mine --format merged --out my-model[/]
+    [bold]alignprop export runs/mine --format merged --output my-model[/]
     """
     with errors_told():
         from alignprop.export import save_kohya, save_merged
 
         folder = adapter_folder(adapter)
         if format is ExportFormat.KOHYA:
-            written = save_kohya(folder, out or folder / "kohya.safetensors", pipeline)
+            written = save_kohya(folder, output or folder / "kohya.safetensors", pipeline)
         else:
             with loading():
                 sampler, _ = base_sampler(model, adapter, None, None)
-            written = save_merged(sampler.pipeline, folder, out or folder.parent / "merged")
+            written = save_merged(sampler.pipeline, folder, output or folder.parent / "merged")
         tell(f"Wrote {escape(str(written))}")
 
 

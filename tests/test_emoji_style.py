@@ -92,3 +92,8 @@ def test_all_weights_stay_small_enough_to_ship():
     size = sum(path.stat().st_size for path in emoji.WEIGHTS.rglob("*") if path.is_file())
     assert size < 32e6
     assert sum(path.stat().st_size for path in (emoji.WEIGHTS / "classifier").iterdir()) < 0.8e6
+
+
+def test_the_weights_name_no_folder_of_the_machine_that_made_them():
+    named = [path for path in emoji.WEIGHTS.rglob("*.json") if '"_name_or_path": "/' in path.read_text("utf-8")]
+    assert named == []

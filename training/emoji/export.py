@@ -57,6 +57,14 @@ def write_head(source: Path, folder: Path) -> None:
     shutil.copy(source / "config.json", folder)
 
 
+def forget_paths(folder: Path) -> None:
+    """Take out of the configurations where their parts were loaded from, which is a folder of this machine."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def export() -> None:
     """Write the weights folder in place of the old one."""
     partial, old = WEIGHTS.with_name("weights.partial"), WEIGHTS.with_name("weights.old")
@@ -67,6 +75,7 @@ def export() -> None:
     write_head(BUILD / "head", partial / "aesthetic")
     write_head(BUILD / "classifier", partial / "classifier")
     shutil.copytree(CARD, partial, dirs_exist_ok=True)
+    forget_paths(partial)
     shutil.rmtree(old, ignore_errors=True)
     if WEIGHTS.exists():
         os.replace(WEIGHTS, old)

@@ -81,7 +81,7 @@ def licence_of(base: str) -> dict[str, str]:
     Args:
         base: as ``model.name``: a folder, the name of a model on the hub, or ``emoji``.
     """
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import metadata_load, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     if base == "emoji":
@@ -94,19 +94,11 @@ def licence_of(base: str) -> dict[str, str]:
             return {}
     if not isinstance(card, str | Path) or not Path(card).is_file():
         return {}
-    return _licence_fields(Path(card).read_text(encoding="utf-8", errors="replace"))
-
-
-def _licence_fields(text: str) -> dict[str, str]:
-    parts = text.split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
     try:
-        header = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        header = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):  # no card that a hub would read
         return {}
-    names = ("license", "license_name", "license_link")
-    return {name: str(header[name]) for name in names if isinstance(header, dict) and header.get(name)}
+    return {name: str(header[name]) for name in ("license", "license_name", "license_link") if header.get(name)}
 
 
 def _write_comparison(folder: RunFolder, kept_step: int | None) -> None:

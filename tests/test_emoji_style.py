@@ -8,7 +8,7 @@ import torch
 from alignprop import emoji
 from alignprop.config import load_config, recipes
 from alignprop.rewards import check_scores, load_reward
-from alignprop.rewards.emoji_style import log_probability
+from alignprop.rewards.classifier import log_probability
 from pictures import directional_derivatives, waves
 
 PROMPTS = ["a cat", "a red car"]

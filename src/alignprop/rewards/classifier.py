@@ -49,16 +49,22 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score each image."""
         logits = self.model(pixel_values=self.preprocess(images)).logits
-        log_odds = logits[:, self.label]
-        if not self.multi_label:  # of the label against all others
-            others = torch.arange(logits.shape[1], device=logits.device) != self.label
-            log_odds = log_odds - logits[:, others].logsumexp(1)
-        # The logarithm of a probability near 1 keeps its digits this way, where log(1 - p) would lose them.
-        return F.logsigmoid(-log_odds if self.absent else log_odds)
+        if self.multi_label:
+            log_odds = logits[:, self.label]
+            return F.logsigmoid(-log_odds if self.absent else log_odds)
+        return log_probability(logits, [n for n in range(logits.shape[1]) if (n == self.label) != self.absent])
 
     def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the model is given, and what its own image processor gives it."""
         return compared(self.preprocess, images)
+
+
+def log_probability(logits: Tensor, labels: Sequence[int]) -> Tensor:
+    """Log-probability of any of some labels, by logits (B, labels) of a softmax: shape (B,), at most 0."""
+    chosen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    chosen[list(labels)] = True
+    # The logarithm of a probability near 1 keeps its digits this way, where log(1 - p) would lose them.
+    return F.logsigmoid(logits[:, chosen].logsumexp(1) - logits[:, ~chosen].logsumexp(1))
 
 
 def find_label(label: str | int, names: Mapping[int, str]) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignprop import emoji
+from alignprop.rewards.classifier import log_probability
 from alignprop.rewards.emoji import by_pillow
 
 
@@ -48,11 +47,3 @@ class EmojiStyle(nn.Module):
     def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the CLIP is given, and the same by Pillow."""
         return emoji.preprocess(images), by_pillow(images)
-
-
-def log_probability(logits: Tensor, labels: Sequence[int]) -> Tensor:
-    """Log-probability of any of some labels, by logits (B, labels) of a softmax: shape (B,), at most 0."""
-    chosen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    chosen[list(labels)] = True
-    # The logarithm of a probability near 1 keeps its digits this way, where log(1 - p) would lose them.
-    return F.logsigmoid(logits[:, chosen].logsumexp(1) - logits[:, ~chosen].logsumexp(1))

@@ -6,6 +6,7 @@ Damaged and collapsed pictures are of no style, so that the way to a style leads
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import ratings
 import torch
 from concepts import STYLES
 from data import BUILD
-from head import BATCH, FEATURE_NOISE, Features
+from head import Features, train
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPModel
@@ -64,21 +65,10 @@ def fit(shown: Features, steps: int) -> StyleClassifier:
     """Train a new classifier on everything shown."""
     torch.manual_seed(SEED)
     features, target = shown["features"], labels(shown)
-    sampling = weights(shown, target)
-    model = StyleClassifier(features.shape[1]).train()
-    model.mean.copy_(features.mean(0))
-    model.deviation.copy_(features.std(0) + 1e-3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    for _ in range(steps):
-        rows = torch.multinomial(sampling, BATCH, replacement=True)
-        batch = features[rows] + FEATURE_NOISE * model.deviation * torch.randn(BATCH, features.shape[1])
-        loss = torch.nn.functional.cross_entropy(model(batch), target[rows], label_smoothing=SMOOTHING)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval().requires_grad_(False)
+    model = StyleClassifier(features.shape[1])
+    loss_of = functools.partial(torch.nn.functional.cross_entropy, label_smoothing=SMOOTHING)
+    train(model, features, target, weights(shown, target), loss_of, LEARNING_RATE, steps)
+    return model
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import argparse
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import collapse
 import numpy as np
 import ratings
 import torch
+import torch.nn.functional as F
 from checkpoint import Checkpoint
 from concepts import CONCEPTS, SHEET
 from data import BUILD
@@ -31,6 +32,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from alignprop.emoji import AestheticHead, aesthetic_features
+from alignprop.emoji.style import StyleClassifier
 
 SEED = 61
 BATCH = 256
@@ -102,21 +104,35 @@ def _group(kind: str) -> str:
 def fit(shown: Features, steps: int) -> AestheticHead:
     """Train a new head on everything shown."""
     torch.manual_seed(SEED)
-    features, target, weights = shown["features"], shown["ratings"], shown.weights()
-    head = AestheticHead(features.shape[1]).train()
+    head = AestheticHead(shown["features"].shape[1])
+    train(head, shown["features"], shown["ratings"], shown.weights(), F.smooth_l1_loss, LEARNING_RATE, steps)
+    return head
+
+
+def train(
+    head: AestheticHead | StyleClassifier,
+    features: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    learning_rate: float,
+    steps: int,
+) -> None:
+    """Train a head on noisy features, drawn by their weights, and freeze it."""
+    head.train()
     head.mean.copy_(features.mean(0))
     head.deviation.copy_(features.std(0) + 1e-3)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for _ in range(steps):
         rows = torch.multinomial(weights, BATCH, replacement=True)
         batch = features[rows] + FEATURE_NOISE * head.deviation * torch.randn(BATCH, features.shape[1])
-        loss = torch.nn.functional.smooth_l1_loss(head(batch), target[rows])
+        loss = loss_of(head(batch), target[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-    return head.eval().requires_grad_(False)
+    head.eval().requires_grad_(False)
 
 
 def best_threshold(scores: Tensor, styles: Tensor, rows: Tensor) -> float:

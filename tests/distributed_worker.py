@@ -9,28 +9,39 @@ import test_trainer
 import tiny
 from alignprop import distributed
 from alignprop.checkpointing import Checkpoints, load_checkpoint
-from alignprop.estimators import AlignProp
+from alignprop.estimators import DDPO, RWR, AlignProp, DraftLV, DRTune, LeapAlign
 from alignprop.runfolder import RunFolder
 from alignprop.truncation import All, Gaussian, Last, Uniform
 
-TRUNCATIONS = {"all": All(), "last": Last(2), "uniform": Uniform(), "gaussian": Gaussian(2, 1)}
+ESTIMATORS = {
+    "all": lambda: AlignProp(All()),
+    "last": lambda: AlignProp(Last(2)),
+    "uniform": lambda: AlignProp(Uniform()),
+    "gaussian": lambda: AlignProp(Gaussian(2, 1)),
+    "draft-lv": DraftLV,
+    "drtune": lambda: DRTune(steps=3, early_stop=2),
+    "leapalign": LeapAlign,
+    "ddpo": lambda: DDPO(min_count=2, inner_epochs=2),
+    "rwr": lambda: RWR(min_count=2),
+}
+RESUMED = ("uniform", "ddpo", "rwr")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
-def make(dtype, truncation, batch_size, **changes):
+def make(dtype, estimator, batch_size, **changes):
     return test_trainer.trainer(
         dtype=DTYPES[dtype],
         dropout=0.0,
         call={**tiny.CALL, "guidance_scale": 1.0},  # guidance multiplies the rounding of fp32 kernels by itself
         batch_size=batch_size,
-        estimator=AlignProp(TRUNCATIONS[truncation]),
+        estimator=ESTIMATORS[estimator](),
         **changes,
     )
 
 
 def gradient(run):
     """The gradient of the first step, after the all-reduce."""
-    run._estimate_all()
+    next(run._updates())
     distributed.sum_gradients(list(run.parameters.values()))
     return torch.cat([value.grad.flatten() for value in run.parameters.values()]).detach()
 
@@ -38,15 +49,17 @@ def gradient(run):
 def main(folder):
     rank = distributed.process().process_index
     for dtype in DTYPES:
-        for truncation in TRUNCATIONS:
-            torch.save(gradient(make(dtype, truncation, 1)), folder / f"{dtype}-{truncation}-{rank}.pt")
-    run = make("fp32", "uniform", 1, steps=3, callbacks=[Checkpoints(RunFolder(folder), every=1)])
-    run.train()
-    torch.save(test_trainer.weights(run), folder / f"weights-{rank}.pt")
-    again = make("fp32", "uniform", 1, steps=3)
-    load_checkpoint(again, folder / "checkpoints" / "step-000002")
-    again.train()
-    torch.save(test_trainer.weights(again), folder / f"resumed-{rank}.pt")
+        for estimator in ESTIMATORS:
+            torch.save(gradient(make(dtype, estimator, 1)), folder / f"{dtype}-{estimator}-{rank}.pt")
+    for estimator in RESUMED:
+        place = RunFolder(folder / estimator)
+        run = make("fp32", estimator, 1, steps=3, callbacks=[Checkpoints(place, every=1)])
+        run.train()
+        torch.save(test_trainer.weights(run), folder / f"{estimator}-weights-{rank}.pt")
+        again = make("fp32", estimator, 1, steps=3)
+        load_checkpoint(again, place.checkpoints / "step-000002")
+        again.train()
+        torch.save(test_trainer.weights(again), folder / f"{estimator}-resumed-{rank}.pt")
     drift_is_noticed(run, rank)
     failure_reaches_everyone(rank)
 

@@ -12,6 +12,8 @@ import distributed_worker as worker
 import test_trainer
 
 TOLERANCE = {"fp32": 1e-6, "fp64": 1e-12}
+# In deviations of a handful of scores, the rounding of fp32 kernels is no longer small.
+BY_ADVANTAGE = {"fp32": 1e-3, "fp64": 1e-10}
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +33,23 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", worker.DTYPES)
-@pytest.mark.parametrize("truncation", worker.TRUNCATIONS)
-def test_the_gradient_is_that_of_one_process_on_the_union_batch(two_processes, dtype, truncation):
-    alone = worker.gradient(worker.make(dtype, truncation, 2))
-    first, second = (torch.load(two_processes / f"{dtype}-{truncation}-{rank}.pt") for rank in (0, 1))
+@pytest.mark.parametrize("estimator", worker.ESTIMATORS)
+def test_the_gradient_is_that_of_one_process_on_the_union_batch(two_processes, dtype, estimator):
+    alone = worker.gradient(worker.make(dtype, estimator, 2))
+    first, second = (torch.load(two_processes / f"{dtype}-{estimator}-{rank}.pt") for rank in (0, 1))
     assert torch.equal(first, second)
-    assert ((first - alone).norm() / alone.norm()).item() < TOLERANCE[dtype]
-    half = worker.gradient(worker.make(dtype, truncation, 1))
+    assert ((first - alone).norm() / alone.norm()).item() < (
+        BY_ADVANTAGE if estimator in ("ddpo", "rwr") else TOLERANCE
+    )[dtype]
+    half = worker.gradient(worker.make(dtype, estimator, 1))
     assert ((half - alone).norm() / alone.norm()).item() > 1e-3  # one rank's share alone is another gradient
 
 
-def test_ranks_hold_the_same_adapter_and_resume_to_it(two_processes):
-    weights = [torch.load(two_processes / f"{name}-{rank}.pt") for name in ("weights", "resumed") for rank in (0, 1)]
+@pytest.mark.parametrize("estimator", worker.RESUMED)
+def test_ranks_hold_the_same_adapter_and_resume_to_it(two_processes, estimator):
+    names = [f"{estimator}-{name}-{rank}.pt" for name in ("weights", "resumed") for rank in (0, 1)]
+    weights = [torch.load(two_processes / name) for name in names]
     for other in weights[1:]:
         assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
-    fresh = test_trainer.weights(worker.make("fp32", "uniform", 1))
+    fresh = test_trainer.weights(worker.make("fp32", estimator, 1))
     assert any(not torch.equal(value, weights[0][name]) for name, value in fresh.items())

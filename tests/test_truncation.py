@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from alignprop.estimators import AlignProp
+from alignprop.estimators import AlignProp, MicroBatch
 from alignprop.rewards import as_weighted_sum
 from alignprop.rollout import Sampler
 from alignprop.truncation import All, Gaussian, Last, Uniform
@@ -68,8 +68,6 @@ def test_a_window_longer_than_the_real_chain_is_refused_with_its_length(sd, trun
         estimate(
             Sampler(sd, tiny.CALL),
             as_weighted_sum(lambda images, prompts: images.mean((1, 2, 3))),
-            tiny.PROMPTS,
-            [0, 1],
-            generator=torch.Generator(),
+            MicroBatch(0, tiny.PROMPTS, [0, 1], torch.Generator()),
             weight=1.0,
         )

@@ -8,7 +8,20 @@ if TYPE_CHECKING:
     from alignprop.adapter_files import load_adapter
     from alignprop.adapters import Adapter, Full, Lora
     from alignprop.checkpointing import Checkpoints, load_checkpoint, save_checkpoint
-    from alignprop.estimators import AlignProp, Estimate, Estimator
+    from alignprop.estimators import (
+        DDPO,
+        RWR,
+        AlignProp,
+        AsReleased,
+        DraftK,
+        DraftLV,
+        DRTune,
+        Estimate,
+        Estimator,
+        FlowBPSparse,
+        LeapAlign,
+        ReFL,
+    )
     from alignprop.evaluation import Evaluation, evaluate
     from alignprop.probe import probe
     from alignprop.report import write_report
@@ -26,7 +39,20 @@ _HOMES = {
     "adapter_files": ("load_adapter",),
     "adapters": ("Adapter", "Full", "Lora"),
     "checkpointing": ("Checkpoints", "load_checkpoint", "save_checkpoint"),
-    "estimators": ("AlignProp", "Estimate", "Estimator"),
+    "estimators": (
+        "AlignProp",
+        "AsReleased",
+        "DDPO",
+        "DRTune",
+        "DraftK",
+        "DraftLV",
+        "Estimate",
+        "Estimator",
+        "FlowBPSparse",
+        "LeapAlign",
+        "RWR",
+        "ReFL",
+    ),
     "evaluation": ("Evaluation", "evaluate"),
     "probe": ("probe",),
     "report": ("write_report",),
@@ -50,6 +76,15 @@ __all__ = [  # noqa: RUF022  # in the order of a first reading
     "Gaussian",
     "Truncation",
     "AlignProp",
+    "AsReleased",
+    "DraftK",
+    "DraftLV",
+    "ReFL",
+    "DRTune",
+    "LeapAlign",
+    "FlowBPSparse",
+    "DDPO",
+    "RWR",
     "Estimator",
     "Estimate",
     "Adapter",

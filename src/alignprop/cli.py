@@ -38,6 +38,7 @@ from alignprop.terminal import (
     status,
     tell,
     tell_diagnosis,
+    tell_estimators,
     tell_findings,
     tell_reward,
 )
@@ -298,6 +299,22 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
         console().print(table)
 
 
+@app.command()
+def estimators(name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None) -> None:
+    """List the ways to turn a reward into gradients, or show one with its formula and its settings.
+
+    [bold]alignprop estimators[/]
+
+    [bold]alignprop estimators ddpo[/]
+
+    [bold]alignprop train --set estimator.name=draft-k --set 'estimator.arguments={steps: 2}'[/]
+    """
+    with errors_told():
+        from alignprop.config import describe_estimators
+
+        tell_estimators(describe_estimators(name), in_full=name is not None)
+
+
 rewards_app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 app.add_typer(rewards_app, name="rewards")
 
@@ -418,7 +435,14 @@ def _probe(trainer: Trainer) -> None:
 
     with status("Checking that gradient flows"):
         modes = probed_modes(trainer)
-        findings = probe(trainer.sampler, trainer.adapter, trainer.objective, trainer.prompts[:2], modes=modes)
+        findings = probe(
+            trainer.sampler,
+            trainer.adapter,
+            trainer.objective,
+            trainer.prompts[:2],
+            modes=modes,
+            differentiable=trainer.estimator.needs_gradient,
+        )
     tell_findings(findings)
     if not all(finding.passed for finding in findings):
         raise typer.Exit(FAILED)

@@ -157,6 +157,8 @@ class Evaluation(Callback):
         prompts: sets of prompts by name, ``train`` and ``unseen``.
         judges: rewards that are not trained, by name.
         every: steps between evaluations; there is always one before the first step and one at the end.
+        every_images: evaluate whenever so many more images have been scored, and not by steps.
+        every_seconds: evaluate whenever the steps have taken so much longer, and not by steps.
         images_per_prompt: pictures of each prompt.
         batch_size: pictures sampled at a time.
         seed: of the noise, the same at every evaluation.
@@ -167,6 +169,8 @@ class Evaluation(Callback):
     prompts: Mapping[str, Sequence[str]]
     judges: Mapping[str, Reward] = field(default_factory=dict)
     every: int = 25
+    every_images: int | None = None
+    every_seconds: float | None = None
     images_per_prompt: int = 4
     batch_size: int = 16
     seed: int = 1234
@@ -186,17 +190,26 @@ class Evaluation(Callback):
             self._save(
                 trainer, trainer.best, max((line["step"] for line in lines if line["kept"]), default=trainer.step)
             )
+        self._interval = self._intervals_passed(trainer)
         if not lines:
             self._evaluate(trainer)
 
     def step(self, trainer: Trainer, metrics: Metrics) -> None:
         """Evaluate when it is time."""
-        if trainer.step % self.every == 0:
+        before, self._interval = self._interval, self._intervals_passed(trainer)
+        if self._interval > before:
             self._evaluate(trainer)
+
+    def _intervals_passed(self, trainer: Trainer) -> int:
+        if self.every_images is not None:
+            return trainer.images_scored // self.every_images
+        if self.every_seconds is not None:
+            return int(trainer.train_seconds // self.every_seconds)
+        return trainer.step // self.every
 
     def end(self, trainer: Trainer) -> None:
         """Evaluate the last state of a finished run."""
-        if trainer.step == trainer.steps and self._evaluated != trainer.step:
+        if trainer.finished and self._evaluated != trainer.step:
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
@@ -217,6 +230,8 @@ class Evaluation(Callback):
         line = {
             "step": trainer.step,
             "images_scored": trainer.images_scored,
+            "denoiser_calls": trainer.denoiser_calls,
+            "train_seconds": trainer.train_seconds,
             "trained": list(trainer.objective.weights),
             "sets": self._summaries(results, trainer.objective),
         }

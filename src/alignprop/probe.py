@@ -43,6 +43,7 @@ def probe(
     prompts: Sequence[str],
     *,
     modes: Sequence[Checkpointing] = CHECKPOINTING_MODES,
+    differentiable: bool = True,
 ) -> list[Finding]:
     """Run two denoising steps of the real thing and check what training relies on.
 
@@ -54,6 +55,7 @@ def probe(
         reward: the reward that it will be trained on.
         prompts: prompts to try, one picture each.
         modes: checkpointing modes to compare with the first of them.
+        differentiable: whether the reward's gradient will be used.
     """
     seeds = list(range(len(prompts)))
     with adapter.weights(_perturbed(adapter), as_reloaded=False):
@@ -61,7 +63,7 @@ def probe(
             ("scheduler", lambda: _scheduler(sampler.pipeline)),
             ("same picture", lambda: _same_picture(sampler, prompts, seeds)),
             ("live gradient", lambda: _live_gradient(sampler, adapter, prompts, seeds, modes[0])),
-            ("reward", lambda: _reward(sampler, reward, prompts, seeds)),
+            ("reward", lambda: _reward(sampler, reward, prompts, seeds, differentiable)),
             ("checkpointing", lambda: _checkpointing(sampler, adapter, prompts, seeds, modes)),
         ]
         return [_finding(name, check) for name, check in checks]
@@ -159,16 +161,21 @@ def _spied(denoiser: nn.Module, calls: list[Tensor]) -> Callable[..., Any]:
     return spied
 
 
-def _reward(sampler: Sampler, reward: WeightedSum, prompts: Sequence[str], seeds: Sequence[int]) -> str:
-    images = sampler.sample(prompts, seeds, num_inference_steps=NUM_STEPS).requires_grad_()
+def _reward(
+    sampler: Sampler, reward: WeightedSum, prompts: Sequence[str], seeds: Sequence[int], differentiable: bool
+) -> str:
+    images = sampler.sample(prompts, seeds, num_inference_steps=NUM_STEPS).requires_grad_(differentiable)
     told = []
     for name, scores in reward.components(images, prompts).items():
         check_scores(scores, images, name, prompts)
+        told.append(f"{name} {scores.mean().item():.3g}")
+        if not differentiable:
+            continue
         (gradient,) = torch.autograd.grad(scores.sum(), images)
         if not gradient.isfinite().all() or _is_zero(gradient):
             raise ValueError(f"reward {name!r} has a gradient with respect to the pixels that is zero or not finite.")
-        told.append(f"{name} {scores.mean().item():.3g}")
-    return f"finite scores of shape ({len(prompts)},) whose gradient reaches the pixels ({', '.join(told)})"
+    reaches = " whose gradient reaches the pixels" if differentiable else ""
+    return f"finite scores of shape ({len(prompts)},){reaches} ({', '.join(told)})"
 
 
 def _checkpointing(

@@ -1,7 +1,7 @@
 """One differentiable sampling: the pipeline's own call, run through the seams."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from alignprop import pixels
-from alignprop.seams import Checkpointing, decoding_in_own_dtype, gradient_seams, swapped
+from alignprop.seams import Checkpointing, Trace, decoding_in_own_dtype, gradient_seams, swapped
 from alignprop.spec import PipelineSpec, spec_of
+from alignprop.steps import EnoughError, OnStep, Plan, Transition
+
+LiveSteps = int | Callable[[int], int] | None
+Planner = Callable[[int], Plan]
+"""From the number of denoising steps to what is done in each of them."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,11 @@ class Rollout:
             their gradient is passed on.
         latents: what the decoder received, detached.
         num_steps: denoising steps run, counted in scheduler steps.
-        live_steps: how many of the last of them carry gradient.
+        live_steps: how many of them carry gradient: the last ones, unless there was a plan.
         calls: denoiser calls.
         live_calls: denoiser calls that carried gradient.
         checkpointing: the mode that was used.
+        stand_in: what the denoiser returned last, detached: see :attr:`alignprop.steps.Plan.stand_in`.
         output: what the pipeline itself returned.
     """
 
@@ -37,6 +43,7 @@ class Rollout:
     calls: int
     live_calls: int
     checkpointing: Checkpointing
+    stand_in: Any
     output: Any
 
 
@@ -44,7 +51,9 @@ def rollout(
     pipeline: Any,
     /,
     *args: Any,
-    live_steps: int | Callable[[int], int] | None = None,
+    live_steps: LiveSteps = None,
+    plan: Planner | None = None,
+    on_step: OnStep | None = None,
     checkpointing: Checkpointing | Callable[[int], Checkpointing] = "none",
     spec: PipelineSpec | None = None,
     **kwargs: Any,
@@ -56,6 +65,9 @@ def rollout(
         *args: positional arguments of the pipeline's own call.
         live_steps: how many of the last denoising steps carry gradient: a number, a function of the number of steps
             (for a draw), or None for all.
+        plan: what is done in each denoising step, for methods that need more than a window; takes the place of
+            ``live_steps``.
+        on_step: is shown each denoising step, and may change where it leads.
         checkpointing: activation checkpointing of the live steps, or a function from their number to a mode.
         spec: the pipeline's parts, where :func:`alignprop.spec.spec_of` cannot know them.
         **kwargs: keyword arguments of the pipeline's own call.
@@ -70,7 +82,7 @@ def rollout(
     with (
         torch.enable_grad(),  # what the seams switch on must not outlive the call
         _quiet(pipeline),
-        gradient_seams(pipeline, spec, _live(live_steps), _mode(checkpointing)) as trace,
+        gradient_seams(pipeline, spec, plan or _window(live_steps), _mode(checkpointing), on_step) as trace,
     ):
         output = pipeline(*args, **kwargs)
         if not trace.decoded:
@@ -84,10 +96,11 @@ def rollout(
         pixels=images,
         latents=latents,
         num_steps=trace.num_steps,
-        live_steps=trace.live_steps,
+        live_steps=len(trace.plan.live),
         calls=trace.calls,
         live_calls=trace.live_calls,
         checkpointing=trace.checkpointing,
+        stand_in=trace.output,
         output=output,
     )
 
@@ -134,18 +147,52 @@ def _gives_pictures(output: Any) -> bool:
     return not isinstance(first, list) and getattr(first, "ndim", 3) == 3  # a PIL picture has no such attribute
 
 
-def _live(live_steps: int | Callable[[int], int] | None) -> Callable[[int], int]:
-    def count(num_steps: int) -> int:
+def walk(
+    pipeline: Any,
+    /,
+    *args: Any,
+    plan: Planner,
+    on_step: OnStep,
+    checkpointing: Checkpointing | Callable[[int], Checkpointing] = "none",
+    spec: PipelineSpec | None = None,
+    **kwargs: Any,
+) -> Trace:
+    """Run the denoising steps of a pipeline for the sake of ``on_step``, and decode nothing.
+
+    Arguments and errors are those of :func:`rollout`; whatever graph there is, ``on_step`` has to use.
+    """
+    spec = spec or spec_of(pipeline)
+
+    def look(transition: Transition) -> Tensor | None:
+        other = on_step(transition)
+        if transition.is_last:
+            raise EnoughError
+        return other
+
+    with (
+        torch.enable_grad(),
+        _quiet(pipeline),
+        gradient_seams(pipeline, spec, plan, _mode(checkpointing), look) as trace,
+        suppress(EnoughError),
+    ):
+        pipeline(*args, **kwargs)
+    return trace
+
+
+def _window(live_steps: LiveSteps) -> Planner:
+    """The last steps are live."""
+
+    def plan(num_steps: int) -> Plan:
         wanted = live_steps(num_steps) if callable(live_steps) else live_steps
         if wanted is None:
-            return num_steps
+            return Plan(live=range(num_steps))
         if not 1 <= wanted <= num_steps:
             raise ValueError(
                 f"live_steps={wanted} needs 1 <= live_steps <= {num_steps}, the number of denoising steps."
             )
-        return wanted
+        return Plan(live=range(num_steps - wanted, num_steps))
 
-    return count
+    return plan
 
 
 def _mode(checkpointing: Checkpointing | Callable[[int], Checkpointing]) -> Callable[[int], Checkpointing]:
@@ -170,13 +217,20 @@ class Sampler:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        live_steps: int | Callable[[int], int] | None = None,
+        live_steps: LiveSteps = None,
         checkpointing: Checkpointing | Callable[[int], Checkpointing] = "none",
         **changes: Any,
     ) -> Rollout:
-        """Sample one picture for each prompt and seed, with gradient."""
+        """Sample one picture for each prompt and seed, with gradient; ``changes`` are arguments of :func:`rollout`."""
         arguments = {**self._arguments(prompts, seeds), **changes}
         return rollout(self.pipeline, live_steps=live_steps, checkpointing=checkpointing, spec=self.spec, **arguments)
+
+    def walk(
+        self, prompts: Sequence[str], seeds: Sequence[int], plan: Planner, on_step: OnStep, **changes: Any
+    ) -> Trace:
+        """Go through the denoising steps of these prompts and seeds without decoding; see :func:`walk`."""
+        arguments = {**self._arguments(prompts, seeds), **changes}
+        return walk(self.pipeline, plan=plan, on_step=on_step, spec=self.spec, **arguments)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], **changes: Any) -> Tensor:

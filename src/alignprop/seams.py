@@ -4,13 +4,14 @@ The seams are instance attributes, put in place for one sampling and taken away 
 
 1. ``denoiser.forward``: gradient on in the live denoising steps and off in the others, activation checkpointing;
    before it ``text_encoder.forward``, if that is trained as well.
-2. ``scheduler.step``: counts the denoising steps.
+2. ``scheduler.step``: counts the denoising steps, and shows each to whoever wants to look or to change the latents.
 3. ``decoder.decode``: keeps the pixels with their graph and hands the pipeline a detached copy.
 """
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from alignprop.spec import PipelineSpec
+from alignprop.steps import OnStep, Plan, Transition, held_step, scheduler_copy, with_latents
 
 Checkpointing = Literal["none", "step", "block", "nested"]
 CHECKPOINTING_MODES: tuple[Checkpointing, ...] = get_args(Checkpointing)
@@ -43,37 +45,44 @@ class Trace:
 
     Attributes:
         num_steps: scheduler steps of the run, or 0 until the denoiser is called for the first time.
-        live_steps: how many of the last steps carry gradient.
+        plan: what is done in each of them, decided once ``num_steps`` is known.
         checkpointing: the mode in force, decided once ``live_steps`` is known.
         step: scheduler steps done so far.
         calls: denoiser calls so far.
         live_calls: those of them that carried gradient.
+        output: what the denoiser returned last, detached.
         latents: what the decoder received in each call, detached.
         decoded: what the decoder returned in each call, with its graph.
     """
 
     num_steps: int = 0
-    live_steps: int = 0
+    plan: Plan = field(default_factory=lambda: Plan(live=()))
     checkpointing: Checkpointing = "none"
     step: int = 0
     calls: int = 0
     live_calls: int = 0
+    output: Any = None
     latents: list[Tensor] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)
 
     @property
     def is_live(self) -> bool:
         """Whether the current denoising step carries gradient."""
-        return self.step >= self.num_steps - self.live_steps
+        return self.step in self.plan.live
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the current denoising step changes nothing."""
+        return self.step in self.plan.held
 
     @property
     def is_recomputed(self) -> bool:
         """Whether the current step is dropped and recomputed in the backward pass.
 
-        Never the last one: its activations are the first that the backward pass needs, so dropping them costs a
+        Never the last live one: its activations are the first that the backward pass needs, so dropping them costs a
         forward pass and saves nothing where the denoiser outweighs the decoder.
         """
-        return self.checkpointing in ("step", "nested") and self.step < self.num_steps - 1
+        return self.checkpointing in ("step", "nested") and self.step < max(self.plan.live)
 
     @property
     def is_blockwise(self) -> bool:
@@ -100,16 +109,18 @@ def swapped(target: object, name: str, value: object) -> Iterator[None]:
 def gradient_seams(
     pipeline: Any,
     spec: PipelineSpec,
-    live_steps: Callable[[int], int],
+    plan: Callable[[int], Plan],
     checkpointing: Callable[[int], Checkpointing],
+    on_step: OnStep | None = None,
 ) -> Iterator[Trace]:
-    """Patch ``pipeline`` so that its next call carries gradient in its last denoising steps.
+    """Patch ``pipeline`` so that its next call carries gradient in some of its denoising steps.
 
     Args:
         pipeline: a diffusers pipeline.
         spec: its parts.
-        live_steps: from the number of denoising steps to how many of the last ones are live, in [1, number].
+        plan: from the number of denoising steps to what is done in each of them.
         checkpointing: from the number of live steps to the checkpointing mode.
+        on_step: is shown each denoising step, and may change where it leads.
 
     Yields:
         The trace that the call fills in.
@@ -123,13 +134,14 @@ def gradient_seams(
 
     def begin() -> None:
         trace.num_steps = getattr(pipeline, "_num_timesteps", None) or len(scheduler.timesteps)
-        trace.live_steps = live_steps(trace.num_steps)
-        trace.checkpointing = checkpointing(trace.live_steps)
+        trace.plan = plan(trace.num_steps)
+        trace.checkpointing = checkpointing(len(trace.plan.live))
+        trace.output = trace.plan.stand_in
 
     with ExitStack() as stack:
         stack.enter_context(swapped(pipeline, "_num_timesteps", None))  # forget the previous call's
         stack.enter_context(swapped(pipeline, "scheduler", scheduler))
-        stack.enter_context(_seam(scheduler, "step", _counted_step(scheduler.step, trace, spec.decoder is None)))
+        stack.enter_context(_seam(scheduler, "step", _counted_step(scheduler, trace, spec.decoder is None, on_step)))
         for denoiser in spec.denoisers_of(pipeline):
             stack.enter_context(_seam(denoiser, "forward", _gated_forward(denoiser, trace, begin)))
         for encoder in spec.text_encoders_of(pipeline).values():
@@ -194,10 +206,18 @@ def _dtype_of(decoder: nn.Module) -> torch.dtype:
     return next(decoder.parameters()).dtype
 
 
-def _counted_step(step: Callable[..., Any], trace: Trace, gives_pixels: bool) -> Callable[..., Any]:
+def _counted_step(scheduler: Any, trace: Trace, gives_pixels: bool, on_step: OnStep | None) -> Callable[..., Any]:
+    step = scheduler.step
+    signature = inspect.signature(step)
+
     @functools.wraps(step)  # pipelines look at the signature to decide whether to pass eta and generator
     def counted(*args: Any, **kwargs: Any) -> Any:
-        output = step(*args, **kwargs)
+        before = scheduler_copy(scheduler) if on_step is not None else None
+        output = held_step(scheduler, args, kwargs) if trace.is_held else step(*args, **kwargs)
+        if on_step is not None:
+            arguments = signature.bind(*args, **kwargs).arguments
+            other = on_step(Transition(trace.step, trace.num_steps, before, arguments, output[0]))
+            output = output if other is None else with_latents(output, other)
         trace.step += 1
         if gives_pixels and trace.step == trace.num_steps:
             return _kept(output, output[0].detach(), trace)
@@ -231,13 +251,22 @@ def _gated_forward(denoiser: nn.Module, trace: Trace, begin: Callable[[], None])
     def gated(*args: Any, **kwargs: Any) -> Any:
         if not trace.num_steps:
             begin()
+        if trace.is_held:
+            assert trace.output is not None, "a plan that begins with held steps needs a stand_in"
+            return _mapped(torch.clone, trace.output)
         trace.calls += 1
-        if not trace.is_live:
-            with torch.no_grad():
-                return forward(*args, **kwargs)
+        output = live(args, kwargs) if trace.is_live else dead(args, kwargs)
+        trace.output = _mapped(torch.detach, output)
+        return output
+
+    def dead(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            return forward(*args, **kwargs)
+
+    def live(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trace.live_calls += 1
         torch.set_grad_enabled(True)  # the pipeline's own no_grad, or rollout, puts it back on leaving
-        args, kwargs = _with_own_latents(args, kwargs)
+        args, kwargs = _with_own_latents(args, kwargs, trace.plan.input_gradient)
         if trace.is_recomputed:
             # All of it positional: only there does checkpoint look for the devices whose generators it must replay.
             return checkpoint(run, args, kwargs, trace.is_blockwise, use_reentrant=False)
@@ -246,11 +275,32 @@ def _gated_forward(denoiser: nn.Module, trace: Trace, begin: Callable[[], None])
     return gated
 
 
-def _with_own_latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Clone the latents, which some pipelines write in place after the denoiser has kept them for its backward."""
+def _mapped(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """A denoiser's output (tensors in tuples, lists or a diffusers BaseOutput) with its tensors mapped."""
+    if isinstance(output, Mapping):
+        return type(output)(**{name: _mapped(function, value) for name, value in output.items()})
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, output)
+
+
+def _with_own_latents(
+    args: tuple[Any, ...], kwargs: dict[str, Any], gradient: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Clone the latents, which some pipelines write in place after the denoiser has kept them for its backward.
+
+    Args:
+        args: of the denoiser's call.
+        kwargs: of the denoiser's call.
+        gradient: factor of the gradient that flows back into the latents from this call.
+    """
+
+    def own(latents: Tensor) -> Tensor:
+        if gradient == 1:
+            return latents.clone()
+        kept = latents.detach()  # the same numbers, to the last bit, whatever part of the gradient is kept
+        return kept + gradient * (latents - kept) if gradient else kept.clone()
 
     def clone(value: Any) -> Any:
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+        return _mapped(own, value)
 
     if args:
         return (clone(args[0]), *args[1:]), kwargs

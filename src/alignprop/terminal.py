@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from alignprop.config import ConfigError
 
 if TYPE_CHECKING:
-    from alignprop.config import Config, Model
+    from alignprop.config import Config, EstimatorDescription, EstimatorSettings, Model
     from alignprop.probe import Finding
     from alignprop.rewards import RewardCard
     from alignprop.rewards.doctor import Diagnosis
@@ -108,14 +108,12 @@ def describe(config: Config, trainer: Trainer, folder: Path) -> None:
     rewards = " + ".join(f"{term.weight:g} × {name}" for name, term in config.rewards.items())
     judged = [name for name in config.judges if name not in config.rewards]
     watched = f"; watched: {', '.join(judged)}" if judged else ""
-    kind = config.estimator.truncation.model_dump()
-    window = ", ".join(f"{name} {'all' if value is None else value}" for name, value in kind.items() if name != "kind")
     training = config.training
     rows = {
         "model": f"{config.model.name} ({config.model.dtype}, {trainer.pipeline.device}), {scheduler}, {sampling}",
         "reward": rewards + watched,
         "prompts": f"{_source(config.prompts.train)}: {len(trainer.prompts)} to train on",
-        "gradient": f"{config.estimator.name}, live denoising steps: {kind['kind']}{window and f' ({window})'}",
+        "gradient": _gradient(config.estimator),
         "adapter": f"LoRA rank {config.adapter.rank}, {sum(p.numel() for p in trainer.parameters.values()):,} weights",
         "training": f"{training.steps} steps of {trainer.images_a_step} images",
         "run": str(folder),
@@ -124,6 +122,15 @@ def describe(config: Config, trainer: Trainer, folder: Path) -> None:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", escape(value))
     console().print(table)
+
+
+def _gradient(settings: EstimatorSettings) -> str:
+    """The estimator and what chooses its live steps."""
+    if settings.name != "alignprop":
+        return ", ".join([settings.name, *(f"{name} {value}" for name, value in settings.arguments.items())])
+    kind = settings.truncation.model_dump()
+    window = ", ".join(f"{name} {'all' if value is None else value}" for name, value in kind.items() if name != "kind")
+    return f"{settings.name}, live denoising steps: {kind['kind']}{window and f' ({window})'}"
 
 
 def _source(source: str | Sequence[str] | None) -> str:
@@ -175,6 +182,31 @@ def reward_list(cards: Mapping[str, RewardCard], arguments: Mapping[str, Iterabl
         table.add_row("\n".join(filter(None, lines)), *map(escape, facts), gradient)
         table.add_row()
     return table
+
+
+def tell_estimators(descriptions: Sequence[EstimatorDescription], in_full: bool) -> None:
+    """The estimators: a table of them or, in full, their formulas and the defaults of their settings.
+
+    Args:
+        descriptions: what to tell of.
+        in_full: whether to tell everything.
+    """
+    if in_full:
+        for each in descriptions:
+            tell(f"[bold]{escape(each.name)}[/]\n")
+            for indent, paragraph in _paragraphs(f"{each.formula}\n\n{each.explanation}"):
+                console().print(Padding(escape(paragraph), (0, 0, 0, indent)))
+            tell()
+            for name, default in each.arguments.items():
+                tell(f"  estimator.arguments.{escape(name)} = {escape(default)}")
+        return
+    table = Table("estimator", "what it does", Column("reward", no_wrap=True), box=None, padding=(0, 1, 0, 0))
+    for each in descriptions:
+        named = ", ".join(each.arguments)
+        lines = [escape(each.formula.splitlines()[0]), f"[dim]takes {escape(named)}[/]" if named else ""]
+        reward = "with gradient" if each.needs_gradient else "any"
+        table.add_row(f"[bold]{each.name}[/]", "\n".join(filter(None, lines)), reward)
+    console().print(table)
 
 
 def tell_reward(name: str, card: RewardCard | None, arguments: Mapping[str, Parameter], explanation: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alignprop import distributed
 from alignprop.adapters import Full, Lora, Trainable
-from alignprop.estimators import AlignProp, Estimate, Estimator
+from alignprop.estimators import AlignProp, Estimate, Estimator, MicroBatch, Step
 from alignprop.memory import peak_resident_bytes
 from alignprop.prompts import batch as prompt_batch
 from alignprop.rewards import Reward, as_weighted_sum, check_scores
@@ -84,7 +84,7 @@ class Trainer:
         reward: a callable ``(images, prompts) -> scores``, or a weighted sum of several.
         prompts: the training prompts.
         call: keyword arguments of the pipeline's call.
-        steps: optimizer steps of the whole run.
+        steps: optimizer steps of the whole run, or the most of them where there is a budget.
         batch_size: images of a micro-batch on each process.
         accumulation: micro-batches of a step.
         seed: of everything random.
@@ -92,6 +92,8 @@ class Trainer:
         lora: the adapter's settings, or that all of the denoiser is trained.
         optimizer: the optimizer's settings.
         estimator: turns rollouts into gradients.
+        max_images: the run ends once so many images have been scored; None for no bound.
+        max_seconds: the run ends once its steps have taken so long, evaluations apart; None for no bound.
         callbacks: called in their order.
     """
 
@@ -106,12 +108,15 @@ class Trainer:
     lora: Lora | Full = field(default_factory=Lora)
     optimizer: Optimizer = field(default_factory=Optimizer)
     estimator: Estimator = field(default_factory=AlignProp)
+    max_images: int | None = None
+    max_seconds: float | None = None
     callbacks: Sequence[Callback] = ()
     spec: PipelineSpec | None = None
 
     def __post_init__(self) -> None:
         """Add the adapter and set up the optimizer."""
-        self.step, self.images_scored = 0, 0
+        self.step, self.images_drawn, self.images_scored, self.denoiser_calls = 0, 0, 0, 0
+        self.train_seconds = 0.0
         self.best: dict[str, Tensor] | None = None  # what an evaluation found best, kept for a run that is resumed
         self.objective = as_weighted_sum(self.reward)
         self.sampler = Sampler(self.pipeline, self.call, self.spec)
@@ -139,14 +144,23 @@ class Trainer:
             callback.start(self)
         distributed.check_identical(list(self.parameters.values()))
         with _interrupt_between_steps() as interrupted:
-            while self.step < self.steps and not any(distributed.gather([interrupted()])):
+            while not any(distributed.gather([interrupted() or self.finished])):
                 metrics = self.train_step()
                 for callback in self.callbacks:
                     callback.step(self, metrics)
             for callback in self.callbacks:
                 callback.end(self)
-            if self.step < self.steps:
+            if not self.finished:
                 raise KeyboardInterrupt
+
+    @property
+    def finished(self) -> bool:
+        """Whether the steps are done or the budget is spent."""
+        return (
+            self.step >= self.steps
+            or (self.max_images is not None and self.images_scored >= self.max_images)
+            or (self.max_seconds is not None and self.train_seconds >= self.max_seconds)
+        )
 
     def train_step(self) -> Metrics:
         """One optimizer step: rollouts, rewards, gradients, all-reduce, clipping, update."""
@@ -154,18 +168,35 @@ class Trainer:
         if self.objective.needs_statistics:  # those of the step's own pictures, so that it is normalised as well
             self.objective.observe(_gathered(self._each_micro_batch(self._score)))
         self.adamw.zero_grad()  # what a step that failed has left
-        estimates = self._estimate_all()
-        distributed.sum_gradients(list(self.parameters.values()))
-        grad_norm = self._update()
+        for estimates in self._updates():
+            distributed.sum_gradients(list(self.parameters.values()))
+            grad_norm = self._update()
+            self._count(estimates)
+        self.images_drawn += self.images_a_step
         self.step += 1
         # JSON has no infinity: a step that fp16 overflow made the scaler skip has no norm.
         norm = grad_norm if math.isfinite(grad_norm) else None
-        return {**self._summary(estimates), "grad_norm": norm, "seconds": time.perf_counter() - began}
+        metrics = {**self._summary(estimates), "grad_norm": norm}
+        seconds = distributed.gather([time.perf_counter() - began])[0]
+        self.train_seconds += seconds
+        return {**metrics, "seconds": seconds}
 
-    def _estimate_all(self) -> list[Estimate]:
+    def _count(self, estimates: Sequence[Estimate]) -> None:
+        num_processes = distributed.process().num_processes
+        self.images_scored += num_processes * sum(estimate.num_scored for estimate in estimates)
+        self.denoiser_calls += num_processes * sum(estimate.calls * len(estimate.scores) for estimate in estimates)
+
+    def _updates(self) -> Iterator[Sequence[Estimate]]:
+        """The gradients of the present step, once for each update."""
+        step = Step(
+            self.sampler,
+            self.objective,
+            each=lambda work: self._each_micro_batch(lambda index: self._on_batch(work, index)),
+            weight=lambda: self._loss_scale() / self.images_a_step,
+        )
         self.adapter.train()
         try:
-            return self._each_micro_batch(self._estimate)
+            yield from self.estimator.updates(step)
         finally:
             self.adapter.eval()
 
@@ -190,19 +221,13 @@ class Trainer:
             check_scores(values, pictures, name, prompts)
         return components
 
-    def _estimate(self, micro_batch: int) -> Estimate:
-        prompts, seeds = self.batch(micro_batch)
-        stream = distributed.derive_seed(self.seed, _ESTIMATOR, self.step, micro_batch)
+    def _on_batch(self, work: Callable[[MicroBatch], Result], index: int) -> Result:
+        """Do an estimator's work on a micro-batch, with all that is random set by the step and its place."""
+        prompts, seeds = self.batch(index)
+        stream = distributed.derive_seed(self.seed, _ESTIMATOR, self.step, index)
         with torch.random.fork_rng(), self.objective.views_of(_view_seeds(seeds)):
             torch.manual_seed(distributed.derive_seed(stream, _DROPOUT, distributed.process().process_index))
-            return self.estimator(
-                self.sampler,
-                self.objective,
-                prompts,
-                seeds,
-                generator=torch.Generator().manual_seed(stream),
-                weight=self._loss_scale() / self.images_a_step,
-            )
+            return work(MicroBatch(index, prompts, seeds, torch.Generator().manual_seed(stream)))
 
     def _loss_scale(self) -> float:
         device = next(iter(self.parameters.values())).device
@@ -217,7 +242,7 @@ class Trainer:
     def batch(self, micro_batch: int) -> tuple[list[str], list[int]]:
         """This process's prompts and noise seeds of a micro-batch of the present step."""
         process = distributed.process()
-        first = self.images_scored + (micro_batch * process.num_processes + process.process_index) * self.batch_size
+        first = self.images_drawn + (micro_batch * process.num_processes + process.process_index) * self.batch_size
         seeds = [distributed.derive_seed(self.seed, _NOISE, first + i) for i in range(self.batch_size)]
         stream = distributed.derive_seed(self.seed, _PROMPTS)
         return prompt_batch(self.prompts, stream, first, self.batch_size), seeds
@@ -252,7 +277,6 @@ class Trainer:
         parts = _gathered([estimate.components for estimate in estimates])
         scores = self.objective.add_up(parts)
         optimised = self._optimised(parts)
-        self.images_scored += len(scores)
         self.objective.observe(parts)
         return {
             "step": self.step,
@@ -262,7 +286,9 @@ class Trainer:
             **optimised,
             "lr": self.adamw.param_groups[0]["lr"],
             "live_steps": sum(e.live_steps for e in estimates) / len(estimates),
+            **{name: sum(e.facts[name] for e in estimates) / len(estimates) for name in estimates[0].facts},
             "images_scored": self.images_scored,
+            "denoiser_calls": self.denoiser_calls,
             "peak_memory_mb": peak_resident_bytes(estimates[0].scores.device) / 2**20,
         }
 
@@ -282,7 +308,11 @@ class Trainer:
         """Everything that resuming needs: numbers and tensors in nested dictionaries."""
         return {
             "step": self.step,
+            "images_drawn": self.images_drawn,
             "images_scored": self.images_scored,
+            "denoiser_calls": self.denoiser_calls,
+            "train_seconds": self.train_seconds,
+            "estimator": self.estimator.state(),
             "adapter": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": self.adamw.state_dict()["state"],
             "average": None if self.ema is None else list(self.ema.shadow_params),
@@ -295,6 +325,11 @@ class Trainer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` returned."""
         self.step, self.images_scored = state["step"], state["images_scored"]
+        # Checkpoints of the first versions knew one estimator, which scored each picture once.
+        self.images_drawn = state.get("images_drawn", self.images_scored)
+        self.denoiser_calls = state.get("denoiser_calls", 0)
+        self.train_seconds = state.get("train_seconds", 0.0)
+        self.estimator.load_state(state.get("estimator", {}))
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["adapter"][name])

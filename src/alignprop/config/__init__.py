@@ -10,18 +10,22 @@ from alignprop.config.building import (
     probed_modes,
 )
 from alignprop.config.errors import ConfigError
+from alignprop.config.estimators import EstimatorDescription, describe_estimators
 from alignprop.config.loading import Recipe, load_config, read_config, read_overrides, recipe_path, recipes, save
-from alignprop.config.settings import Config, JudgeTerm, Model, Run
+from alignprop.config.settings import Config, EstimatorSettings, JudgeTerm, Model, Run
 
 __all__ = [
     "Config",
     "ConfigError",
+    "EstimatorDescription",
+    "EstimatorSettings",
     "JudgeTerm",
     "Model",
     "Recipe",
     "Run",
     "build",
     "check_call",
+    "describe_estimators",
     "device_of",
     "evaluation_sets",
     "load_config",

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from alignprop.config.checks import refusals
 from alignprop.config.errors import ConfigError, suggestion
+from alignprop.config.estimators import load_estimator
 from alignprop.config.settings import (
-    ESTIMATORS,
     Config,
     JudgeTerm,
     Model,
     RewardTerm,
     Sampling,
-    TruncationSettings,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from alignprop.rewards import Reward, WeightedSum
     from alignprop.seams import Checkpointing
     from alignprop.trainer import Callback, Trainer
-    from alignprop.truncation import Truncation
 
 
 def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -> Trainer:
@@ -66,7 +64,7 @@ def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -
         call=config.sampling.call(),
         lora=Full() if config.adapter.kind == "full" else Lora(**config.adapter.model_dump(exclude={"kind"})),
         optimizer=Optimizer(**config.optimizer.model_dump()),
-        estimator=_estimator(config),
+        estimator=load_estimator(config.estimator),
         callbacks=[*_callbacks(config, folder, prompts, judges), *callbacks],
         **config.training.model_dump(exclude={"num_threads"}),
     )
@@ -247,28 +245,6 @@ def device_of(model: Model) -> torch.device:
     return torch.device(model.device) if model.device is not None else distributed.process().device
 
 
-def _estimator(config: Config) -> Any:
-    from alignprop.prompts import import_target
-
-    settings = config.estimator
-    estimator = import_target(ESTIMATORS[settings.name], "estimator.name")
-    mode = "none" if settings.checkpointing == "auto" else settings.checkpointing  # replaced once it is measured
-    return estimator(truncation=_truncation(settings.truncation), checkpointing=mode)
-
-
-def _truncation(settings: TruncationSettings) -> Truncation:
-    from alignprop import truncation
-
-    kinds = {
-        "all": truncation.All,
-        "last": truncation.Last,
-        "uniform": truncation.Uniform,
-        "gaussian": truncation.Gaussian,
-    }
-    drawn: Truncation = kinds[settings.kind](**settings.model_dump(exclude={"kind"}))
-    return drawn
-
-
 def _callbacks(config: Config, folder: Path, prompts: Prompts, judges: Mapping[str, Reward]) -> list[Callback]:
     """In an order that matters: a checkpoint must find the evaluation of its step written."""
     from alignprop.checkpointing import Checkpoints
@@ -329,7 +305,7 @@ def _memory_plan(trainer: Trainer, config: Config) -> Any:
     """Measure what a micro-batch holds, on two denoising steps."""
     import torch
 
-    from alignprop.estimators import AlignProp
+    from alignprop.estimators import AlignProp, MicroBatch
     from alignprop.memory import available_bytes, plan_memory
     from alignprop.rollout import Sampler
     from alignprop.truncation import Last
@@ -339,8 +315,8 @@ def _memory_plan(trainer: Trainer, config: Config) -> Any:
     prompts, seeds = trainer.batch(0)
 
     def run(live_steps: int, mode: Any) -> None:
-        estimator = AlignProp(Last(live_steps), mode)
-        estimator(sampler, trainer.objective, prompts, seeds, generator=torch.Generator(), weight=0.0)
+        batch = MicroBatch(0, prompts, seeds, torch.Generator())
+        AlignProp(Last(live_steps), mode)(sampler, trainer.objective, batch, weight=0.0)
         trainer.adamw.zero_grad()
 
     gigabytes = config.estimator.memory_gb
@@ -362,9 +338,9 @@ def probed_modes(trainer: Trainer) -> Sequence[Checkpointing]:
 
 def max_live_steps(trainer: Trainer, config: Config) -> int:
     """The longest window that the truncation may draw."""
-    settings = config.estimator.truncation
-    for bound in ("steps", "high"):
-        if (longest := getattr(settings, bound, None)) is not None:
+    windowed = config.estimator.name == "alignprop"
+    for bound in ("steps", "high") if windowed else ():
+        if (longest := getattr(config.estimator.truncation, bound, None)) is not None:
             return int(longest)
     default = inspect.signature(trainer.pipeline.__call__).parameters["num_inference_steps"].default
     return int((config.sampling.num_inference_steps or default) * getattr(trainer.pipeline.scheduler, "order", 1))

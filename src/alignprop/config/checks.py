@@ -71,6 +71,8 @@ def _sampling(config: Config) -> Iterator[str]:
 
 
 def _truncation(config: Config) -> Iterator[str]:
+    if config.estimator.name != "alignprop":  # which alone takes it
+        return
     settings, num_steps = config.estimator.truncation, config.sampling.num_inference_steps
     values = {name: value for name, value in settings.model_dump(exclude={"kind", "std"}).items() if value is not None}
     if "high" in values and values["low"] > values["high"]:
@@ -89,8 +91,32 @@ def _estimator(config: Config) -> Iterator[str]:
     settings = config.estimator
     if settings.name not in ESTIMATORS:
         yield unknown("estimator.name", settings.name, ESTIMATORS, f"choose one of {', '.join(ESTIMATORS)}.")
+        return
+    if settings.name != "alignprop" or settings.arguments:  # importing it takes seconds
+        yield from _estimator_arguments(config)
     if settings.memory_gb is not None and settings.checkpointing != "auto":
         yield f"estimator.memory_gb={settings.memory_gb:g} needs estimator.checkpointing=auto, which keeps to it."
+
+
+def _estimator_arguments(config: Config) -> Iterator[str]:
+    from alignprop.config.estimators import estimator_class, load_estimator
+
+    settings = config.estimator
+    try:
+        load_estimator(settings)
+    except ValueError as error:
+        yield str(error)
+    learns_stepwise = not estimator_class(settings.name).needs_gradient
+    if config.adapter.text_encoders and (learns_stepwise or settings.arguments.get("images")):
+        yield (
+            f"adapter.text_encoders=true needs an estimator that backpropagates the whole picture at once; "
+            f"{settings.name} goes step by step: leave it out."
+        )
+    if settings.checkpointing == "auto" and learns_stepwise:
+        yield (
+            f"estimator.checkpointing=auto is for estimators that backpropagate the reward; {settings.name} goes step "
+            "by step, and its memory does not grow with their number: use none or block."
+        )
 
 
 def _rewards(config: Config) -> Iterator[str]:

@@ -12,8 +12,19 @@ Natural: TypeAlias = Annotated[int, Field(ge=0)]
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
-ESTIMATORS = {"alignprop": "alignprop.estimators:AlignProp"}
-"""Gradient estimators by name, as ``module:attribute``."""
+ESTIMATORS = {
+    "alignprop": "alignprop.estimators.alignprop:AlignProp",
+    "alignprop-as-released": "alignprop.estimators.as_released:AsReleased",
+    "ddpo": "alignprop.estimators.ddpo:DDPO",
+    "draft-k": "alignprop.estimators.draft_k:DraftK",
+    "draft-lv": "alignprop.estimators.draft_lv:DraftLV",
+    "drtune": "alignprop.estimators.drtune:DRTune",
+    "flowbp-sparse": "alignprop.estimators.flowbp:FlowBPSparse",
+    "leapalign": "alignprop.estimators.leapalign:LeapAlign",
+    "refl": "alignprop.estimators.refl:ReFL",
+    "rwr": "alignprop.estimators.rwr:RWR",
+}
+"""Estimators by name, as ``module:attribute``; their attributes are the settings in ``estimator.arguments``."""
 
 
 class Section(BaseModel):
@@ -127,12 +138,15 @@ class EstimatorSettings(Section):
 
     Attributes:
         name: a row of :data:`ESTIMATORS`.
-        truncation: how many of the last denoising steps are live.
+        arguments: of the estimator, see `alignprop estimators`.
+        truncation: how many of the last denoising steps are live; others than ``alignprop`` choose their steps by
+            their own rule, and take no notice of it.
         checkpointing: what is recomputed to save memory; ``auto`` measures, and takes the fastest that fits.
         memory_gb: what ``auto`` may use; null for what is free.
     """
 
     name: str = "alignprop"
+    arguments: dict[str, Any] = {}
     truncation: Annotated[TruncationSettings, Field(discriminator="kind")] = UniformSteps()
     checkpointing: Literal["none", "step", "block", "nested", "auto"] = "none"
     memory_gb: Positive | None = None
@@ -252,6 +266,8 @@ class Training(Section):
     """The loop; see :class:`alignprop.trainer.Trainer`.
 
     Attributes:
+        max_images: end once so many images have been scored.
+        max_seconds: end once the steps have taken so long, evaluations apart.
         num_threads: of torch on CPU; null leaves the choice to torch.
     """
 
@@ -259,6 +275,8 @@ class Training(Section):
     batch_size: Count = 4
     accumulation: Count = 1
     seed: Natural = 0
+    max_images: Count | None = None
+    max_seconds: Positive | None = None
     num_threads: Count | None = None
 
 
@@ -266,10 +284,14 @@ class EvaluationSettings(Section):
     """What is measured at intervals; see :class:`alignprop.evaluation.Evaluation`.
 
     Attributes:
+        every_images: evaluate each time so many more images have been scored, and not by steps.
+        every_seconds: evaluate each time the steps have taken so much longer, and not by steps.
         num_train_prompts: how many training prompts are evaluated beside the unseen ones, evenly spaced in the list.
     """
 
     every: Count = 25
+    every_images: Count | None = None
+    every_seconds: Positive | None = None
     images_per_prompt: Count = 4
     batch_size: Count = 16
     seed: Natural = 1234

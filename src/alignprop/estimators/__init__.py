@@ -1,6 +1,31 @@
-"""Gradient estimators: each turns rollouts and a reward into gradients of the adapter, one file each."""
+"""Estimators: each turns rollouts and a reward into gradients of the adapter, one file each."""
 
 from alignprop.estimators.alignprop import AlignProp
-from alignprop.estimators.base import Estimate, Estimator
+from alignprop.estimators.as_released import AsReleased
+from alignprop.estimators.base import Estimate, Estimator, MicroBatch, RewardGradient, Step
+from alignprop.estimators.ddpo import DDPO
+from alignprop.estimators.draft_k import DraftK
+from alignprop.estimators.draft_lv import DraftLV
+from alignprop.estimators.drtune import DRTune
+from alignprop.estimators.flowbp import FlowBPSparse
+from alignprop.estimators.leapalign import LeapAlign
+from alignprop.estimators.refl import ReFL
+from alignprop.estimators.rwr import RWR
 
-__all__ = ["AlignProp", "Estimate", "Estimator"]
+__all__ = [
+    "DDPO",
+    "RWR",
+    "AlignProp",
+    "AsReleased",
+    "DRTune",
+    "DraftK",
+    "DraftLV",
+    "Estimate",
+    "Estimator",
+    "FlowBPSparse",
+    "LeapAlign",
+    "MicroBatch",
+    "ReFL",
+    "RewardGradient",
+    "Step",
+]

@@ -1,14 +1,52 @@
 """What an estimator is."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from alignprop.rewards import WeightedSum, is_differentiable
-from alignprop.rollout import Sampler
+from alignprop.rewards import WeightedSum, check_scores, is_differentiable
+from alignprop.rollout import Rollout, Sampler
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pictures that are sampled together.
+
+    Attributes:
+        index: its place among the micro-batches of the step on this process.
+        prompts: B prompts.
+        seeds: B seeds, one a picture.
+        generator: of what an estimator draws for all of them; the same on every rank.
+    """
+
+    index: int
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step, as an estimator sees it.
+
+    Attributes:
+        sampler: the pipeline and the arguments of its call.
+        reward: scores pictures.
+        each: does some work for each micro-batch of this process, and returns the results; a ValueError of one
+            process ends the step on all. It may be called several times.
+        weight: what to multiply each picture's loss with: one over the pictures of the step, times the loss scale.
+    """
+
+    sampler: Sampler
+    reward: WeightedSum
+    each: Callable[[Callable[[MicroBatch], Any]], list[Any]]
+    weight: Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -20,16 +58,22 @@ class Estimate:
         components: the rewards that the scores are made of, by name, each (B,), detached and unweighted.
         num_steps: denoising steps of the rollout.
         live_steps: how many of them carried gradient.
+        calls: denoiser calls, those of all passes.
+        num_scored: images on which the reward was computed.
+        facts: further numbers for the metrics, by name.
     """
 
     scores: Tensor
     components: Mapping[str, Tensor]
     num_steps: int
     live_steps: int
+    calls: int
+    num_scored: int
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Estimator(Protocol):
-    """Accumulates the gradient of the expected reward.
+    """Turns rollouts and a reward into gradients of the adapter.
 
     Attributes:
         needs_gradient: whether it backpropagates the reward, so that it must be differentiable.
@@ -37,30 +81,81 @@ class Estimator(Protocol):
 
     needs_gradient: ClassVar[bool]
 
-    def __call__(
-        self,
-        sampler: Sampler,
-        reward: WeightedSum,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        generator: torch.Generator,
-        weight: float,
-    ) -> Estimate:
-        """Add the gradient of ``-weight * sum(scores)`` to ``parameter.grad`` of the adapter.
+    def updates(self, step: Step) -> Iterator[Sequence[Estimate]]:
+        """Add to ``parameter.grad`` of the adapter, and yield whenever the gradient is complete for an update.
 
-        Args:
-            sampler: the pipeline and the arguments of its call.
-            reward: scores pictures.
-            prompts: B prompts.
-            seeds: B seeds, one a picture.
-            generator: of what the estimator draws; the same on every rank.
-            weight: one over the number of images of the whole optimizer step.
+        Raises:
+            ValueError: the reward or the pipeline is not usable.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What it must know again after resuming: numbers and tensors in nested dictionaries."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned."""
+        ...
+
+
+class RewardGradient(ABC):
+    """An estimator that backpropagates the reward, once for each micro-batch, for one update a step."""
+
+    needs_gradient: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, sampler: Sampler, reward: WeightedSum, batch: MicroBatch, weight: float) -> Estimate:
+        """Add the gradient of ``-weight * sum(scores)`` to ``parameter.grad`` of the adapter.
 
         Raises:
             ValueError: the reward is not usable (shape, not finite, no gradient).
         """
-        ...
+
+    def updates(self, step: Step) -> Iterator[Sequence[Estimate]]:
+        """One update; see :meth:`Estimator.updates`."""
+        require_gradient(step.reward, type(self).__name__)
+        yield step.each(lambda batch: self(step.sampler, step.reward, batch, step.weight()))
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: all that is drawn comes from the step's generator."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take up."""
+        del state
+
+
+def ascend(
+    reward: WeightedSum, rollout: Rollout, prompts: Sequence[str], weight: float | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Score pictures and backpropagate ``-sum(weight * scores)``.
+
+    Args:
+        reward: scores pictures.
+        rollout: their pixels, with a graph; without one nothing is backpropagated.
+        prompts: of the B pictures.
+        weight: one number, or one for each picture.
+
+    Returns:
+        Scores (B,) and the rewards that they are made of, by name, all detached.
+    """
+    components = scored(reward, rollout.pixels, prompts)
+    scores = reward.combine(components)
+    if rollout.pixels.requires_grad:
+        (-weight * scores).sum().backward()
+    return scores.detach(), {name: values.detach() for name, values in components.items()}
+
+
+def scored(reward: WeightedSum, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """The rewards of pictures by name, each (B,).
+
+    Raises:
+        ValueError: scores are of a wrong shape or not finite.
+    """
+    components = reward.components(pixels, prompts)
+    for name, values in components.items():
+        check_scores(values, pixels, name, prompts)
+    return components
 
 
 def require_gradient(reward: WeightedSum, estimator: str) -> None:

@@ -50,7 +50,7 @@ def drawn_specimens(prompt: str | None = None) -> Specimens:
     return Specimens(images.float(), tuple(prompts), origin)
 
 
-def folder_specimens(folder: Path, prompt: str | None = None) -> Specimens:
+def folder_specimens(folder: Path, prompt: str | None = None, limit: int | None = NUM_PICTURES) -> Specimens:
     """Read the first pictures of a folder, by name.
 
     If their sizes differ, squares are cut from their centres and brought to the size of the smallest.
@@ -58,6 +58,7 @@ def folder_specimens(folder: Path, prompt: str | None = None) -> Specimens:
     Args:
         folder: Holds .png, .jpg, .jpeg, .webp or .bmp files.
         prompt: Of all pictures; None for their names, `a_cat.png` for "a cat".
+        limit: How many; None for all.
 
     Raises:
         ValueError: There is no such folder, no picture in it, or one cannot be read.
@@ -66,7 +67,7 @@ def folder_specimens(folder: Path, prompt: str | None = None) -> Specimens:
 
     if not folder.is_dir():
         raise ValueError(f"--images {folder} is no folder; give one with pictures in it.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:NUM_PICTURES]
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:limit]
     if not paths:
         raise ValueError(f"--images {folder} holds no picture ({', '.join(SUFFIXES)}); give a folder that does.")
     pictures = []

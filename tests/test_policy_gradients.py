@@ -151,8 +151,9 @@ def test_memory_does_not_grow_with_the_number_of_denoising_steps(sd):
 # Reward-weighted regression
 
 
+@pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
-def test_rwr_is_the_weighted_loss_of_diffusion_training(prediction):
+def test_rwr_is_the_weighted_loss_of_diffusion_training(prediction, guided):
     pipeline = tiny.stable_diffusion_3(torch.float64) if prediction == "flow" else tiny.stable_diffusion(torch.float64)
     if prediction == "v_prediction":
         pipeline.scheduler = tiny.scheduler(prediction_type="v_prediction")
@@ -170,11 +171,12 @@ def test_rwr_is_the_weighted_loss_of_diffusion_training(prediction):
 
     denoiser.forward = spied
     weights = torch.tensor([1.25, 0.75])
-    RWR().imitate(sampler, drawn, weights, epoch=0)
+    RWR(guided=guided).imitate(sampler, drawn, weights, epoch=0)
     found = accumulated(adapter.parameters.values())
-    assert len(seen) == 5  # one call a step, without guidance
+    assert [len(x_t) for x_t, _, _ in seen] == [4 if guided else 2] * 5  # guidance doubles the batch
     loss = 0
     for x_t, time, output in seen:
+        x_t = x_t[:2]
         if prediction == "flow":
             sigma = time.double() / 1000
             target = (x_t - (1 - sigma) * drawn.x_0) / sigma - drawn.x_0
@@ -184,6 +186,9 @@ def test_rwr_is_the_weighted_loss_of_diffusion_training(prediction):
             v = alpha**0.5 * noise - (1 - alpha) ** 0.5 * drawn.x_0
             target = v if prediction == "v_prediction" else noise
         output = forward_again(forward, x_t, time, pipeline, prediction)
+        if guided:
+            plain = forward_again(forward, x_t, time, pipeline, prediction, ["", ""])
+            output = plain + CALL["guidance_scale"] * (output - plain)
         loss = loss + (weights * ((output - target) ** 2).mean((1, 2, 3))).sum() / 5
     for value in adapter.parameters.values():
         value.grad = None
@@ -191,13 +196,13 @@ def test_rwr_is_the_weighted_loss_of_diffusion_training(prediction):
     assert relative(found, accumulated(adapter.parameters.values())) < 1e-5
 
 
-def forward_again(forward, x_t, time, pipeline, prediction):
+def forward_again(forward, x_t, time, pipeline, prediction, prompts=tiny.PROMPTS):
     """The denoiser's output for the prompts, outside any pipeline."""
     if prediction == "flow":
-        context, _, pooled, _ = pipeline.encode_prompt(tiny.PROMPTS, None, None, do_classifier_free_guidance=False)
+        context, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
         times = time.expand(len(x_t))
         return forward(hidden_states=x_t, timestep=times, encoder_hidden_states=context, pooled_projections=pooled)[0]
-    context, _ = pipeline.encode_prompt(tiny.PROMPTS, "cpu", 1, False)
+    context, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
     return forward(x_t, time, encoder_hidden_states=context)[0]
 
 

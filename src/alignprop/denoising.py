@@ -1,7 +1,8 @@
 """What one denoising step means, asked of the scheduler itself: noise levels, clean estimates, probabilities.
 
 ``x_t = alpha_t x_0 + sigma_t epsilon`` in the units of the scheduler's own latents: ``alpha_t`` is 1 for those that
-scale the noise alone (Euler and its kin), and ``1 - sigma_t`` for flow matching.
+scale the noise alone (Euler and its kin), and ``1 - sigma_t`` for flow matching. Everything is computed in float32 or
+wider: near the end of the chain, ``sigma_t`` of a half-precision schedule would be rounded to nothing.
 """
 
 import math
@@ -14,27 +15,37 @@ from torch.overrides import TorchFunctionMode
 from alignprop.steps import Transition, scheduler_copy
 
 
-def noise_level(scheduler: Any, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def noise_level(seen: Transition, step: int) -> tuple[Tensor, Tensor]:
     """The factors of picture and noise, (alpha_t, sigma_t), both scalars.
 
     Args:
-        scheduler: any of diffusers that says how it noises.
-        timestep: one of its timesteps.
-        like: gives dtype and device.
+        seen: any transition of the run.
+        step: a denoising step of the run, from 0.
 
     Raises:
         ValueError: the scheduler does not say, or takes two calls a step.
     """
+    scheduler, (x_t, _) = seen.scheduler, _state(seen)
     noised = getattr(scheduler, "scale_noise", None) or getattr(scheduler, "add_noise", None)
-    if noised is None or getattr(scheduler, "order", 1) > 1:
+    if noised is None or getattr(scheduler, "order", 1) > 1 or scheduler.config.get("invert_sigmas"):
         raise _no_estimate(scheduler)
-    twin = scheduler_copy(scheduler)
-    twin._step_index = twin._begin_index = None  # looked up by the timestep
-    times = torch.as_tensor(timestep).reshape(1)
-    one, zero = torch.ones(1, 1, dtype=like.dtype, device=like.device), torch.zeros(1, 1).to(like)
+    twin, place = scheduler_copy(scheduler), _place(seen, step)
+    twin._step_index = twin._begin_index = place  # some schedules have the same timestep twice
+    time = scheduler.timesteps[place].reshape(1)
+    one, zero = torch.ones(1, 1, dtype=x_t.dtype, device=x_t.device), torch.zeros(1, 1).to(x_t)
     if hasattr(twin, "scale_noise"):
-        return twin.scale_noise(one, times, zero).squeeze(), twin.scale_noise(zero, times, one).squeeze()
-    return twin.add_noise(one, zero, times).squeeze(), twin.add_noise(zero, one, times).squeeze()
+        return twin.scale_noise(one, time, zero).squeeze(), twin.scale_noise(zero, time, one).squeeze()
+    return twin.add_noise(one, zero, time).squeeze(), twin.add_noise(zero, one, time).squeeze()
+
+
+def _place(seen: Transition, step: int) -> int:
+    """Where a denoising step is in the schedule, of which the run may take the last part."""
+    times = seen.scheduler.timesteps
+    offset = len(times) - seen.num_steps
+    known = offset + seen.step >= 0 and times[offset + seen.step] == seen.timestep
+    if not known or not 0 <= step < seen.num_steps:
+        raise ValueError(f"{type(seen.scheduler).__name__} is not stepped through its schedule one by one.")
+    return offset + step
 
 
 def prediction_type(scheduler: Any) -> str:
@@ -59,18 +70,22 @@ def _no_estimate(scheduler: Any) -> ValueError:
     )
 
 
-def clean_estimate(transition: Transition) -> Tensor:
-    """The clean latents that one denoiser output stands for, with its gradient.
+def clean_estimate(seen: Transition) -> Tensor:
+    """The clean latents that one denoiser output stands for, with its gradient, in the latents' dtype.
 
     epsilon: ``(x_t - sigma_t e) / alpha_t``; v: ``alpha_t x_t - sigma_t v`` for ``alpha_t^2 + sigma_t^2 = 1``
     (arXiv 2202.00512, appendix D); flow: ``x_t - sigma_t v`` (arXiv 2210.02747).
 
     Raises:
-        ValueError: the scheduler has no such estimate, or none at this step.
+        ValueError: the scheduler has no such estimate.
     """
-    scheduler, x_t, output = (transition.scheduler, *_state(transition))
-    kind = prediction_type(scheduler)
-    alpha, sigma = noise_level(scheduler, transition.arguments["timestep"], x_t)
+    return _clean(seen).to(seen.arguments["sample"].dtype)
+
+
+def _clean(seen: Transition) -> Tensor:
+    x_t, output = _state(seen)
+    kind = prediction_type(seen.scheduler)
+    alpha, sigma = noise_level(seen, seen.step)
     if kind == "sample":
         return output
     if kind == "flow_prediction":
@@ -81,13 +96,14 @@ def clean_estimate(transition: Transition) -> Tensor:
     return (alpha * x_t / scale - sigma * output) / scale
 
 
-def target(transition: Transition, x_0: Tensor) -> Tensor:
-    """What the denoiser should have said of its latents, had they been ``x_0`` with noise added."""
-    scheduler, x_t, _ = (transition.scheduler, *_state(transition))
-    kind = prediction_type(scheduler)
+def target(seen: Transition, x_0: Tensor) -> Tensor:
+    """What the denoiser should have said of its latents, had they been ``x_0`` with noise added; in float32 or wider."""
+    x_t, _ = _state(seen)
+    x_0 = _wide(x_0)
+    kind = prediction_type(seen.scheduler)
     if kind == "sample":
         return x_0
-    alpha, sigma = noise_level(scheduler, transition.arguments["timestep"], x_t)
+    alpha, sigma = noise_level(seen, seen.step)
     noise = (x_t - alpha * x_0) / sigma
     if kind == "epsilon":
         return noise
@@ -96,57 +112,52 @@ def target(transition: Transition, x_0: Tensor) -> Tensor:
     return (alpha * noise - sigma * x_0) / torch.hypot(alpha, sigma)
 
 
-def leap(transition: Transition, timestep: Tensor) -> Tensor:
-    """The latents at a later timestep, reached in one step along the straight line that one denoiser output gives.
+def leap(seen: Transition, step: int) -> Tensor:
+    """The latents of a later denoising step, reached at once along the straight line that one denoiser output gives.
 
     For flow matching Euler's step, ``x_t - (sigma_t - sigma_s) v``; otherwise that of DDIM (arXiv 2010.02502, eq. 12).
     """
-    x_t, _ = _state(transition)
-    scheduler = transition.scheduler
-    alpha, sigma = noise_level(scheduler, transition.arguments["timestep"], x_t)
-    later_alpha, later_sigma = noise_level(scheduler, timestep, x_t)
-    x_0 = clean_estimate(transition)
-    return later_alpha * x_0 + later_sigma * (x_t - alpha * x_0) / sigma
+    x_t, _ = _state(seen)
+    alpha, sigma = noise_level(seen, seen.step)
+    later_alpha, later_sigma = noise_level(seen, step)
+    x_0 = _clean(seen)
+    reached = later_alpha * x_0 + later_sigma * (x_t - alpha * x_0) / sigma
+    return reached.to(seen.arguments["sample"].dtype)
 
 
-def noised(scheduler: Any, x_0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """``alpha_t x_0 + sigma_t noise``."""
-    alpha, sigma = noise_level(scheduler, timestep, x_0)
-    return alpha * x_0 + sigma * noise
+def noised(seen: Transition, x_0: Tensor, noise: Tensor, step: int) -> Tensor:
+    """``alpha_t x_0 + sigma_t noise``, as the latents of a denoising step of the run, in the dtype of ``x_0``."""
+    alpha, sigma = noise_level(seen, step)
+    return (alpha * _wide(x_0) + sigma * _wide(noise)).to(x_0.dtype)
 
 
-def next_timestep(transition: Transition) -> Tensor:
-    """The timestep of the denoising step after this one, of a run that ends with the schedule.
-
-    Raises:
-        ValueError: the pipeline does not go through the schedule one by one.
-    """
-    times = transition.scheduler.timesteps
-    place = len(times) - transition.num_steps + transition.step
-    if transition.is_last or place < 0 or times[place] != transition.arguments["timestep"]:
-        raise ValueError(f"{type(transition.scheduler).__name__} is not stepped through its schedule one by one.")
-    following: Tensor = times[place + 1]
-    return following
-
-
-def _state(transition: Transition) -> tuple[Tensor, Tensor]:
+def _state(seen: Transition) -> tuple[Tensor, Tensor]:
     """The noisy latents and what the denoiser said of them."""
-    return transition.arguments["sample"], transition.arguments["model_output"]
+    output = seen.arguments["model_output"]
+    return _wide(seen.arguments["sample"]), _wide(output)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class _NoiseOf(TorchFunctionMode):
-    """All noise that is drawn inside has this value."""
+    """All noise that would be drawn inside has this value; nothing is drawn."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
         self.value = value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        drawn = func(*args, **(kwargs or {}))
-        return torch.full_like(drawn, self.value) if func in (torch.randn, torch.randn_like, torch.normal) else drawn
+        without = {name: value for name, value in (kwargs or {}).items() if name != "generator"}
+        if func is torch.randn:
+            return torch.empty(*args, **without).fill_(self.value)
+        if func is torch.randn_like:
+            return torch.empty_like(*args, **without).fill_(self.value)
+        return func(*args, **(kwargs or {}))
 
 
-def gaussian(transition: Transition) -> tuple[Tensor, Tensor]:
+def gaussian(seen: Transition) -> tuple[Tensor, Tensor]:
     """Mean, with gradient, and deviation of the latents that a stochastic scheduler draws in this step.
 
     Found by taking the step with noise of 0 and of 1, whatever the scheduler: the latents are linear in the noise.
@@ -154,17 +165,16 @@ def gaussian(transition: Transition) -> tuple[Tensor, Tensor]:
     Returns:
         The mean, shaped as the latents, and the deviation, a scalar; 0 for a deterministic step.
     """
-    mean = _step_with_noise(transition, 0.0)
+    mean = _step_with_noise(seen, 0.0)
     with torch.no_grad():
-        deviation = (_step_with_noise(transition, 1.0) - mean).mean()
+        deviation = (_step_with_noise(seen, 1.0) - mean).mean()
     return mean, deviation.clamp(min=0)
 
 
-def _step_with_noise(transition: Transition, value: float) -> Tensor:
-    # The generators of the run go on as they would have: none is passed, and global noise is put back.
-    arguments = {name: each for name, each in transition.arguments.items() if name != "generator"}
-    with torch.random.fork_rng(devices=[]), _NoiseOf(value):
-        latents: Tensor = scheduler_copy(transition.scheduler).step(**arguments)[0]
+def _step_with_noise(seen: Transition, value: float) -> Tensor:
+    wide = {name: _wide(seen.arguments[name]) for name in ("sample", "model_output")}
+    with _NoiseOf(value):
+        latents: Tensor = scheduler_copy(seen.scheduler).step(**{**seen.arguments, **wide})[0]
     return latents
 
 
@@ -173,7 +183,6 @@ def log_probability(latents: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 
     The mean and not the sum is what the released code of DDPO takes, and what its clip range is made for.
     """
-    mean, deviation = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mean, deviation))
-    squared = (latents.detach() - mean) ** 2 / (2 * deviation**2)
+    squared = (_wide(latents.detach()) - mean) ** 2 / (2 * deviation**2)
     each = -squared - deviation.log() - 0.5 * math.log(2 * math.pi)
     return each.flatten(1).mean(1)

@@ -51,6 +51,11 @@ class Transition:
     latents: Tensor
 
     @property
+    def timestep(self) -> Tensor:
+        """The scalar that the call was given, as it is or once for each picture."""
+        return torch.as_tensor(self.arguments["timestep"]).flatten()[0]
+
+    @property
     def is_last(self) -> bool:
         """Whether the latents are what the decoder will get."""
         return self.step == self.num_steps - 1

@@ -58,7 +58,7 @@ class Estimate:
         components: the rewards that the scores are made of, by name, each (B,), detached and unweighted.
         num_steps: denoising steps of the rollout.
         live_steps: how many of them carried gradient.
-        calls: denoiser calls, those of all passes.
+        calls: denoiser calls, those of all passes; what activation checkpointing computes again is not counted.
         num_scored: images on which the reward was computed.
         facts: further numbers for the metrics, by name.
     """

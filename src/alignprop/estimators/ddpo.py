@@ -134,7 +134,7 @@ class DDPO:
             mean, deviation = gaussian(seen)
             if deviation > 0:
                 latents.append(seen.latents)
-                log_probabilities.append(log_probability(seen.latents, mean, deviation))
+                log_probabilities.append(log_probability(seen.latents, mean, deviation)[: len(batch.seeds)])
 
         rollout = sampler.rollout(
             batch.prompts, batch.seeds, plan=lambda n: Plan(live=()), on_step=remember, **self._noise(sampler)
@@ -176,7 +176,8 @@ class DDPO:
         def learn(seen: Transition) -> Tensor:
             drawn = experience.latents[seen.step]
             mean, deviation = gaussian(seen)
-            difference = log_probability(drawn, mean, deviation) - experience.log_probabilities[seen.step]
+            old = experience.log_probabilities[seen.step]
+            difference = log_probability(drawn, mean, deviation)[: len(old)] - old
             ratio = difference.exp()
             clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
             gain = advantages.to(ratio)

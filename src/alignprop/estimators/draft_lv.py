@@ -4,11 +4,11 @@ After the last step gave ``x_0``, each copy draws ``x_1 = alpha_1 sg(x_0) + sigm
 The gradient is the mean over the picture and its n copies, where the paper adds them up: its size does not depend on n.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from alignprop.denoising import next_timestep, noised
+from alignprop.denoising import noised
 from alignprop.estimators.base import Estimate, MicroBatch, RewardGradient, ascend
 from alignprop.estimators.denoising_loss import noise_of
 from alignprop.rewards import WeightedSum
@@ -38,19 +38,25 @@ class DraftLV(RewardGradient):
 
     def __call__(self, sampler: Sampler, reward: WeightedSum, batch: MicroBatch, weight: float) -> Estimate:
         """A rollout, its copies and their backward passes; see :class:`~alignprop.estimators.base.RewardGradient`."""
-        last: list[Transition] = []
+        last: list[Tensor] = []
+
+        def remember(seen: Transition) -> None:
+            if seen.num_steps < 2:
+                raise ValueError(
+                    "draft-lv re-noises what comes before the last of at least 2 denoising steps; there is 1."
+                )
+            last[:] = [seen.latents.detach()]  # sg(x_0): the copies' gradient is of their own last step alone
+
         rollout = sampler.rollout(
             batch.prompts,
             batch.seeds,
             live_steps=1,
             checkpointing=self.checkpointing,
-            on_step=lambda transition: last.append(replace(transition, latents=transition.latents.detach())),
+            on_step=remember,
         )
         share = weight / (self.copies + 1)
         scores, components = ascend(reward, rollout, batch.prompts, share)
-        if rollout.num_steps < 2:
-            raise ValueError("draft-lv re-noises what comes before the last of at least 2 denoising steps; there is 1.")
-        x_0, calls = last[-1].latents, rollout.calls
+        x_0, calls = last[0], rollout.calls
         for copy in range(self.copies):
             noise = noise_of(x_0, batch.seeds, copy)
             again = sampler.rollout(
@@ -70,4 +76,4 @@ def _renoised(seen: Transition, x_0: Tensor, noise: Tensor) -> Tensor | None:
     """What the last denoising step is given."""
     if seen.step != seen.num_steps - 2:
         return None
-    return noised(seen.scheduler, x_0, noise, next_timestep(seen))
+    return noised(seen, x_0, noise, seen.num_steps - 1)

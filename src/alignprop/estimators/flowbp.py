@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignprop.denoising import prediction_type
 from alignprop.estimators.base import Estimate, MicroBatch, RewardGradient, ascend
 from alignprop.rewards import WeightedSum
 from alignprop.rollout import Sampler
@@ -74,7 +75,7 @@ class FlowBPSparse(RewardGradient):
 
 def _sigmas(seen: Transition) -> Tensor:
     """Those that the run goes through."""
-    if not hasattr(seen.scheduler, "scale_noise"):
+    if prediction_type(seen.scheduler) != "flow_prediction":
         raise ValueError(
             f"flowbp-sparse with rescale needs flow matching, and {type(seen.scheduler).__name__} is of another kind: "
             "leave rescale at 0."

@@ -52,14 +52,15 @@ class LeapAlign(RewardGradient):
         distances: list[Tensor] = []
 
         def connected(leapt: Tensor, reached: Tensor) -> Tensor:
-            distances.append((reached - leapt).detach().abs().flatten(1).mean(1))
+            apart = (reached - leapt).detach().float().abs().flatten(1).mean(1)
+            distances.append(apart[: len(batch.seeds)])  # some pipelines keep copies of their latents behind them
             return reached + leapt - leapt.detach()  # the straight-through estimate: real numbers, the leap's gradient
 
         def lead(seen: Transition) -> Tensor | None:
             if seen.step == near:
                 return connected(clean_estimate(seen), real[-1].latents)
             if seen.step == far:
-                return connected(leap(seen, real[near].arguments["timestep"]), real[near].arguments["sample"])
+                return connected(leap(seen, near), real[near].arguments["sample"])
             return real[far].arguments["sample"] if seen.step == far - 1 else None
 
         rollout = sampler.rollout(

@@ -16,6 +16,7 @@ from alignprop.estimators.base import MicroBatch
 from alignprop.estimators.denoising_loss import denoising_loss
 from alignprop.rewards.specimens import folder_specimens
 from alignprop.rollout import Rollout, Sampler
+from alignprop.seams import Checkpointing
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,13 @@ class Pretraining:
         return Pretraining(specimens.images, specimens.prompts)
 
     def __call__(
-        self, sampler: Sampler, batch: MicroBatch, weight: float, rollout: Rollout, x_0: Tensor
+        self,
+        sampler: Sampler,
+        batch: MicroBatch,
+        weight: float,
+        rollout: Rollout,
+        x_0: Tensor,
+        checkpointing: Checkpointing,
     ) -> tuple[float, int]:
         """Backpropagate the denoising loss of as many pictures as the micro-batch has.
 
@@ -52,6 +59,7 @@ class Pretraining:
             weight: of each picture's loss.
             rollout: one of this pipeline, of the right size.
             x_0: the clean latents that it ended with, in the scheduler's units.
+            checkpointing: activation checkpointing of the steps.
 
         Returns:
             The mean loss, and the number of denoiser calls.
@@ -60,7 +68,8 @@ class Pretraining:
         chosen = [seed % len(self.prompts) for seed in seeds]
         latents = _encoded(sampler.pipeline, self.images[chosen], rollout, x_0)
         weights = torch.full((len(chosen),), weight)
-        losses, calls = denoising_loss(sampler, [self.prompts[i] for i in chosen], seeds, latents, weights)
+        prompts = [self.prompts[i] for i in chosen]
+        losses, calls = denoising_loss(sampler, prompts, seeds, latents, weights, checkpointing)
         return losses.mean().item(), calls
 
 

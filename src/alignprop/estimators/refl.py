@@ -73,7 +73,7 @@ class ReFL(RewardGradient):
         calls, facts = rollout.calls, {}
         if self.images is not None:
             share = weight * self.pretraining_weight
-            loss, more = Pretraining.of(self.images)(sampler, batch, share, rollout, estimates[0])
+            loss, more = Pretraining.of(self.images)(sampler, batch, share, rollout, estimates[0], self.checkpointing)
             calls, facts = calls + more, {"pretraining_loss": loss}
         return Estimate(scores, components, rollout.num_steps, rollout.live_steps, calls, len(scores), facts)
 

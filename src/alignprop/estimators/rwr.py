@@ -3,7 +3,8 @@
     loss = mean over pictures and steps of  w(A) || target - prediction(x_t) ||^2
 
 with ``w = N softmax(beta A)`` over the N pictures of a step or, filtered, ``w = N / |kept|`` for those whose A is in
-the upper share and 0 for the others. A is the reward in deviations from its prompt's mean.
+the upper share and 0 for the others. The prediction is the guided one that the pictures were drawn by: to imitate them
+without guidance, and then draw with guidance again, adds guidance to guidance until pictures burn out. A is the reward in deviations from its prompt's mean.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ class RWR:
     Attributes:
         inverse_temperature: beta; the published 0.2 is for rewards as they are, this one for rewards in deviations.
         keep: share of the pictures that are kept, all alike; None to weigh them all by ``inverse_temperature``.
+        guided: whether the guided prediction learns, or the plain one.
         inner_epochs: updates that each step's pictures are used for, with fresh noise.
         buffer_size: rewards of each prompt that its mean and deviation are taken over.
         min_count: rewards of a prompt below which those of the whole step are taken.
@@ -62,6 +64,7 @@ class RWR:
 
     inverse_temperature: float = 1.0
     keep: float | None = None
+    guided: bool = True
     inner_epochs: int = 1
     buffer_size: int = 16
     min_count: int = 16
@@ -100,7 +103,10 @@ class RWR:
             epoch: tells the noise of one from that of another.
         """
         seeds = [distributed.derive_seed(seed, epoch) for seed in drawn.batch.seeds]
-        losses, calls = denoising_loss(sampler, drawn.batch.prompts, seeds, drawn.x_0, weights, self.checkpointing)
+        prompts = drawn.batch.prompts
+        losses, calls = denoising_loss(
+            sampler, prompts, seeds, drawn.x_0, weights, self.checkpointing, guided=self.guided
+        )
         return Estimate(
             drawn.scores,
             drawn.components,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Matplotlib knows no CSS variables: it draws in marker colours, which are replaced in the SVG's text.
-_MUTED, _LINE, *_CURVES = "#10fe01", "#10fe02", "#10fe03", "#10fe04", "#10fe05"
+_MUTED, _LINE, *_CURVES = (f"#10fe{place:02}" for place in range(1, 11))
 _CSS_COLOURS = {
     _MUTED: "var(--muted)",
     _LINE: "var(--line)",
@@ -26,6 +28,9 @@ _CSS_COLOURS = {
 
 MAX_CURVES = len(_CURVES)
 """So many curves have a colour of their own."""
+
+DASHED = range(4, MAX_CURVES)
+"""Places of the curves that `bands_chart` dashes, as four colours are told apart more easily than eight."""
 
 # What an inline SVG does without; the ids would clash with those of other charts.
 _BALLAST = r"^.*?(?=<svg)|<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\"| id=\"\w+_\d+\""
@@ -48,6 +53,65 @@ def curves_chart(curves: Sequence[Curve], marked_step: int | None) -> Markup:
         axes.fill_between(curve.steps, mean - sem, mean + sem, color=colour, alpha=0.16, linewidth=0)
         axes.plot(curve.steps, mean, color=colour, linewidth=1.6, marker="o", markersize=3)
     return _inline(figure)
+
+
+@dataclass(frozen=True)
+class Band:
+    """A mean curve and its interval, whose bounds are None where a single value gives none."""
+
+    x: Sequence[float]
+    mean: Sequence[float]
+    low: Sequence[float | None]
+    high: Sequence[float | None]
+
+
+def bands_chart(bands: Sequence[Band | None], marked_value: float | None, *, log_x: bool) -> Markup:
+    """Draw lines with bands, the first on top, each in the colour of its place; the fifth and later ones are dashed.
+
+    Args:
+        bands: None leaves a colour out.
+        marked_value: drawn as a dotted horizontal line.
+        log_x: whether the horizontal axis is logarithmic beyond its first point that is not 0.
+    """
+    figure, axes = _axes(None, height=2.5)
+    drawn = [(place, band) for place, band in enumerate(bands[:MAX_CURVES]) if band is not None]
+    if log_x:
+        _logarithmic(axes, *_range([x for _, band in drawn for x in band.x if x > 0]))
+    for place, band in reversed(drawn):
+        colour, style = _CURVES[place], "--" if place in DASHED else "-"
+        if None not in band.low:
+            low, high = np.array(band.low, dtype=float), np.array(band.high, dtype=float)
+            axes.fill_between(band.x, low, high, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(band.x, band.mean, color=colour, linestyle=style, linewidth=1.6, marker="o", markersize=2.5)
+    _room_for_lines(axes, [value for _, band in drawn for value in band.mean])
+    if marked_value is not None:
+        axes.axhline(marked_value, color=_MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
+    return _inline(figure)
+
+
+def _room_for_lines(axes: Axes, values: Sequence[float]) -> None:
+    """Cut bands off that would flatten all lines, as those of two seeds may."""
+    (first, last), (low, high) = _range(values), axes.get_ylim()
+    span = last - first
+    if span:
+        axes.set_ylim(max(low, first - span), min(high, last + span))
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
+def _logarithmic(axes: Axes, first: float, last: float) -> None:
+    """A logarithmic axis with 0 on it, to the left of the first value."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    decades = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
+    ticks = [factor * 10.0**decade for decade in decades for factor in (1, 3)]
+    axes.set_xscale("symlog", linthresh=first, linscale=0.4)
+    axes.set_xlim(0, 1.1 * last)
+    axes.xaxis.set_major_locator(FixedLocator([0, *(tick for tick in ticks if first <= tick <= last)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
 
 
 def scatter_chart(steps: Sequence[int], values: Sequence[float], marked_step: int | None, height: float) -> Markup:
@@ -89,7 +153,13 @@ def _inline(figure: Figure) -> Markup:
     stream = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "alignprop"}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(_BALLAST, "", stream.getvalue(), flags=re.DOTALL)
+    svg = _with_own_ids(re.sub(_BALLAST, "", stream.getvalue(), flags=re.DOTALL))
     for marker, colour in _CSS_COLOURS.items():
         svg = svg.replace(marker, colour)
     return Markup(svg)  # it holds numbers alone, nothing of the user's
+
+
+def _with_own_ids(svg: str) -> str:
+    """Ids that no other chart of the page has: a clip path is none if the first of its name is in a hidden part."""
+    own = hashlib.sha256(svg.encode()).hexdigest()[:10]
+    return re.sub(r'(?<= id=")[\w.]+(?=")|(?<=url\(#)\w+|(?<=href="#)\w+', lambda name: f"{name[0]}-{own}", svg)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Column, Table
 
+from alignprop.comparison.command import compare
 from alignprop.drawing import (
     DEFAULT_RECIPE,
     adapter_folder,
@@ -314,6 +315,8 @@ def estimators(name: Annotated[str | None, typer.Argument(help="Show this one in
 
         tell_estimators(describe_estimators(name), in_full=name is not None)
 
+
+app.command()(compare)
 
 rewards_app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 app.add_typer(rewards_app, name="rewards")

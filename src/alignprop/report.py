@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -23,6 +23,9 @@ from PIL import Image
 from alignprop import __version__
 from alignprop.charts import MAX_CURVES, Curve, curves_chart, scatter_chart
 from alignprop.runfolder import RunFolder, write_atomically
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 Record = Mapping[str, Any]
 """One line of `metrics.jsonl` or `evaluation.jsonl`."""
@@ -111,14 +114,47 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         ImportError: The extra `report` (jinja2, matplotlib) is not installed.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError('The report needs jinja2 and matplotlib: pip install "alignprop[report]".') from error
+    require_pages()
     folder, summary = RunFolder(run_dir), summarise(run_dir)
     metrics, evaluations = folder.metrics.read(), folder.evaluations.read()
     config = _config(folder)
+    page = page_template("report.html.j2").render(
+        summary=summary,
+        sets=_sets(evaluations),
+        max_curves=MAX_CURVES,
+        evaluations=evaluations,
+        measures=_measures,
+        charts=_charts(metrics, evaluations, summary.kept_step),
+        pairs=_pairs(folder, summary),
+        strip=_strip(folder, summary),
+        settings=dict(_flatten(config)),
+        model=config.get("model", {}).get("name"),
+        call=_call(config),
+        adapter=folder.adapter.as_posix() if folder.adapter.exists() else None,
+        versions=versions(),
+    )
+    path = run_dir / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def require_pages() -> None:
+    """Check that pages can be written.
+
+    Raises:
+        ImportError: The extra `report` (jinja2, matplotlib) is not installed.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError('The report needs jinja2 and matplotlib: pip install "alignprop[report]".') from error
+
+
+def page_template(name: str) -> Template:
+    """A template of the package, with the filters that pages share."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,  # prompts and settings are the user's text
@@ -133,24 +169,7 @@ def write_report(run_dir: Path) -> Path:
         "memory": memory,
         "prompts": _prompts,
     }
-    page = environment.get_template("report.html.j2").render(
-        summary=summary,
-        sets=_sets(evaluations),
-        max_curves=MAX_CURVES,
-        evaluations=evaluations,
-        measures=_measures,
-        charts=_charts(metrics, evaluations, summary.kept_step),
-        pairs=_pairs(folder, summary),
-        strip=_strip(folder, summary),
-        settings=dict(_flatten(config)),
-        model=config.get("model", {}).get("name"),
-        call=_call(config),
-        adapter=folder.adapter.as_posix() if folder.adapter.exists() else None,
-        versions=_versions(),
-    )
-    path = run_dir / "report.html"
-    write_atomically(path, page)
-    return path
+    return environment.get_template(name)
 
 
 def summarise(run_dir: Path) -> Summary:
@@ -169,7 +188,7 @@ def summarise(run_dir: Path) -> Summary:
         lead=lead,
         others=others,
         steps=steps,
-        planned_steps=_config(folder).get("training", {}).get("steps", steps),
+        planned_steps=_planned_steps(_config(folder).get("training", {}), metrics),
         images_scored=metrics[-1]["images_scored"] if metrics else 0,
         seconds=sum(record["seconds"] for record in (*metrics, *evaluations)),
         peak_memory_mb=max((record["peak_memory_mb"] for record in metrics), default=0.0),
@@ -178,6 +197,15 @@ def summarise(run_dir: Path) -> Summary:
         compared_step=compared["step"] if changes and compared else None,
         changes=changes,
     )
+
+
+def _planned_steps(training: Record, metrics: Sequence[Record]) -> int:
+    """Steps of the whole run: those that there are, where its budget is spent."""
+    steps = metrics[-1]["step"] if metrics else 0
+    images = metrics[-1]["images_scored"] if metrics else 0
+    budgets = ((training.get("max_images"), images), (training.get("max_seconds"), sum(m["seconds"] for m in metrics)))
+    spent = any(budget is not None and used >= budget for budget, used in budgets)
+    return int(steps if spent else training.get("steps", steps))
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -395,6 +423,10 @@ def _grids(folder: RunFolder, prompts: str) -> dict[int, Path]:
 
 
 def _picture(path: Path, step: int, max_width: int) -> _Picture:
+    return _Picture(step, data_uri(path, max_width))
+
+
+def data_uri(path: Path, max_width: int) -> str:
     """A picture as a data URI, the file itself unless it is wider than `max_width` pixels."""
     data, kind = path.read_bytes(), "png"
     with Image.open(path) as image:
@@ -403,9 +435,10 @@ def _picture(path: Path, step: int, max_width: int) -> _Picture:
             image.thumbnail((max_width, image.height), Image.Resampling.LANCZOS)
             image.convert("RGB").save(stream, kind, quality=88)
             data = stream.getvalue()
-    return _Picture(step, f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
     packages = {package: version(package) for package in _PACKAGES}
     return {"python": platform.python_version(), "alignprop": __version__, **packages}

@@ -198,6 +198,25 @@ def test_means_over_seeds_are_taken_where_all_seeds_have_been(tmp_path):
     assert method["spent"] == {"images": 100, "denoiser_calls": 300, "seconds": 30}
 
 
+def test_a_method_that_goes_on_is_compared_where_the_others_end(tmp_path):
+    declaration = declared(tmp_path, budgets={"slow": Budget("images", 300)})
+    write_runs(tmp_path, {"fast": [(1, 3, 5)] * 2})
+    for seed in range(2):
+        write_run(tmp_path / f"runs/slow/seed-{seed}", line(0, 1), line(75, 1.5), line(125, 2.5), line(300, 6))
+    found = results(declaration, tmp_path)
+    slow = found["methods"]["slow"]
+    assert slow["final"]["unseen"]["reward"]["mean"] == 2.0  # at 100 images, between two evaluations
+    assert slow["end"]["unseen"]["reward"]["mean"] == 6.0 and found["methods"]["fast"]["end"] is None
+    assert found["reach"]["value"] == 3.0  # halfway to the best at 100 images
+    assert slow["spent"]["images"] == 300 and found["complete"]
+    assert found["reach"]["ratios"]["fast"]["slow"]["images"]["times"] == pytest.approx((125 + 175 / 7) / 50)
+    text = write_page(tmp_path, {**found, "versions": {}}).read_text()
+    assert "slow, after 300 images" in text and "slow went on beyond it" in text
+    assert read_declaration(tmp_path).budgets == {"slow": Budget("images", 300)}
+    with pytest.raises(ConfigError, match=r"budgets\.slow was images=300 and is images=100"):
+        declare(tmp_path, replace(declaration, budgets={}))
+
+
 def test_a_failed_seed_is_left_out_of_means_and_has_not_reached_the_value(tmp_path):
     declaration = declared(tmp_path, methods=("fast",))
     write_run(tmp_path / "runs/fast/seed-0", line(0, 1), line(50, 3), line(100, 5))
@@ -590,6 +609,9 @@ def test_bad_input_is_told_in_a_sentence(recipe, built, tmp_path, arguments, tol
         ("methods: {../up: {}}", "ddpo", "methods.../up names a folder"),
         ("methods: {ddpo: [1]}", "ddpo", "methods.ddpo needs a mapping of settings"),
         ("[1]", "ddpo", "needs the keys methods or search"),
+        ("budgets: {ddpo: images=39}", "ddpo", "budgets.ddpo=images=39 needs at least --budget images=40"),
+        ("budgets: {ddpo: seconds=90}", "ddpo", "budgets.ddpo=seconds=90 needs at least --budget images=40"),
+        ("budgets: {ddpo: 90}", "ddpo", "budgets.ddpo=90 needs the form images=640"),
     ],
 )
 def test_bad_methods_files_are_told_in_a_sentence(recipe, built, tmp_path, file, methods, told):

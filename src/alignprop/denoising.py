@@ -97,7 +97,7 @@ def _clean(seen: Transition) -> Tensor:
 
 
 def target(seen: Transition, x_0: Tensor) -> Tensor:
-    """What the denoiser should have said of its latents, had they been ``x_0`` with noise added; in float32 or wider."""
+    """What the denoiser should have said of its latents, had they been ``x_0`` with noise; in float32 or wider."""
     x_t, _ = _state(seen)
     x_0 = _wide(x_0)
     kind = prediction_type(seen.scheduler)

@@ -19,6 +19,7 @@ from rich.table import Table
 from alignprop.terminal import INTERRUPTED, console, errors_told, loading, tell
 
 if TYPE_CHECKING:
+    from alignprop.comparison.budget import Budget
     from alignprop.comparison.declaration import Declaration
     from alignprop.comparison.jobs import Job
     from alignprop.comparison.running import Ended
@@ -58,11 +59,13 @@ def compare(
 
     [bold]alignprop compare emoji --output comparisons/emoji --report-only --reach 7.5[/]
 
-    A methods file:
+    A methods file (search and budgets, for methods that go on after the others end, may be left out):
 
     [bold]methods: {full: {estimator.name: alignprop, estimator.truncation: {kind: all}}}[/]
 
     [bold]search: {budget: images=320, seed: 100, trials: {full: [{optimizer.learning_rate: 1.0e-3}]}}[/]
+
+    [bold]budgets: {ddpo: images=6400}[/]
     """
     with errors_told():
         from alignprop.comparison.declaration import read_declaration
@@ -119,6 +122,7 @@ def _asked(
         problems += reserved(own, f"methods.{name}: ")
         for trial in search.trials[name] if search else ():
             problems += reserved(trial, f"search.trials.{name}: ")
+    problems += _unfit_budgets(file.budgets, spent)
     if problems:
         raise ConfigError(problems)
     return Declaration(
@@ -128,10 +132,20 @@ def _asked(
         methods=chosen,
         seeds=seeds,
         budget=spent,
+        budgets={name: budget for name, budget in file.budgets.items() if name in chosen},
         evaluations=evaluations,
         search=search,
         reach=reach,
     )
+
+
+def _unfit_budgets(budgets: Mapping[str, Budget], common: Budget) -> list[str]:
+    """A sentence for each budget of a method that the budget of all is no part of."""
+    return [
+        f"budgets.{name}={budget} needs at least --budget {common}, at which the methods are compared."
+        for name, budget in budgets.items()
+        if budget.unit != common.unit or budget.amount < common.amount
+    ]
 
 
 def _content(path: Path) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Declaration:
         budget: of each run.
         evaluations: of each run, beside the base model's.
         search: for settings; None for none.
+        budgets: of the methods that go on beyond ``budget``, to learn how much more they need.
         reach: the value of the trained reward to tell the cost of; None to choose it from the outcome.
         command: that was called last.
     """
@@ -43,8 +44,13 @@ class Declaration:
     budget: Budget
     evaluations: int
     search: Search | None = None
+    budgets: Mapping[str, Budget] = field(default_factory=dict)
     reach: float | None = None
     command: str = ""
+
+    def budget_of(self, method: str) -> Budget:
+        """What each run of a method spends."""
+        return self.budgets.get(method, self.budget)
 
     def document(self) -> dict[str, Any]:
         """The content of `compare.yaml`."""
@@ -57,6 +63,7 @@ class Declaration:
             "methods": {name: dict(settings) for name, settings in self.methods.items()},
             "seeds": self.seeds,
             "budget": str(self.budget),
+            "budgets": {name: str(budget) for name, budget in self.budgets.items()},
             "evaluations": self.evaluations,
             "reach": self.reach,
             "search": search
@@ -96,6 +103,7 @@ def read_declaration(folder: Path) -> Declaration:
         methods=data["methods"],
         seeds=data["seeds"],
         budget=read_budget("budget", data["budget"]),
+        budgets={name: read_budget("budget", text) for name, text in data.get("budgets", {}).items()},
         evaluations=data["evaluations"],
         search=read_search(data["search"]),
         reach=data["reach"],
@@ -133,6 +141,10 @@ def _differences(before: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterato
             yield f"{key} was {_shown(before[key])} and is {_shown(asked[key])}"
     if asked["seeds"] < before["seeds"]:
         yield f"seeds was {before['seeds']} and is {asked['seeds']}"
+    for name in before["methods"]:
+        then, now = (each.get("budgets", {}).get(name, each["budget"]) for each in (before, asked))
+        if then != now and before["budget"] == asked["budget"]:
+            yield f"budgets.{name} was {then} and is {now}"
     yield from _method_differences("methods", before["methods"], asked["methods"])
     then, now = before["search"], asked["search"]
     if (then is None) != (now is None):

@@ -80,7 +80,7 @@ def trial_jobs(declaration: Declaration, folder: Path, method: str) -> list[Job]
 
 def seed_jobs(declaration: Declaration, folder: Path, method: str, chosen: Mapping[str, Any]) -> list[Job]:
     """The runs of a method, with the settings that its search has chosen."""
-    budget = declaration.budget
+    budget = declaration.budget_of(method)
     base = {**_base(declaration, method), **chosen, **budget.settings(declaration.evaluations)}
     return [
         Job(method, f"seed {i}", folder / "runs" / method / f"seed-{i}", {**base, "training.seed": i}, budget)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,6 +36,10 @@ _OPEN_SECTIONS = ("rewards", "judges")
 """Sections whose keys are the user's own: a mapping replaces them whole."""
 
 
+_KEYS = ("methods", "search", "budgets")
+"""Of a methods file."""
+
+
 @dataclass(frozen=True)
 class Search:
     """Settings tried for each method before the comparison.
@@ -58,10 +62,12 @@ class MethodsFile:
     Attributes:
         methods: settings over the recipe's.
         search: None for none.
+        budgets: of the methods that go on beyond the budget of all.
     """
 
     methods: Mapping[str, Settings]
     search: Search | None
+    budgets: Mapping[str, Budget] = field(default_factory=dict)
 
 
 def overrides(settings: Mapping[str, Any]) -> list[str]:
@@ -133,7 +139,8 @@ def read_methods(path: Path | None) -> MethodsFile:
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     methods = {str(name): dotted(settings or {}) for name, settings in (data.get("methods") or {}).items()}
-    return MethodsFile(methods, read_search(data.get("search")))
+    budgets = {str(name): read_budget(f"budgets.{name}", text) for name, text in (data.get("budgets") or {}).items()}
+    return MethodsFile(methods, read_search(data.get("search")), budgets)
 
 
 def read_search(data: Mapping[str, Any] | None) -> Search | None:
@@ -173,8 +180,8 @@ def _problems(data: Any) -> Iterator[str]:
         yield "needs the keys methods or search, as in `alignprop compare --help`."
         return
     for key in data:
-        if key not in ("methods", "search"):
-            yield f"{key} is no key of a methods file; {suggestion(str(key), ('methods', 'search')) or 'leave it out.'}"
+        if key not in _KEYS:
+            yield f"{key} is no key of a methods file; {suggestion(str(key), _KEYS) or 'leave it out.'}"
     methods = data.get("methods") or {}
     if not isinstance(methods, dict):
         yield "methods needs a mapping from a method's name to its settings."
@@ -186,6 +193,18 @@ def _problems(data: Any) -> Iterator[str]:
             yield f"methods.{name} needs a mapping of settings, as in {{optimizer.learning_rate: 1.0e-3}}."
     if data.get("search") is not None:
         yield from _search_problems(data["search"])
+    yield from _budget_problems(data.get("budgets") or {})
+
+
+def _budget_problems(budgets: Any) -> Iterator[str]:
+    if not isinstance(budgets, dict):
+        yield "budgets needs a mapping from a method's name to a budget, as in {ddpo: images=6400}."
+        return
+    for name, text in budgets.items():
+        try:
+            read_budget(f"budgets.{name}", text)
+        except ValueError as error:
+            yield str(error)
 
 
 def _search_problems(search: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@ import yaml
 
 from alignprop.charts import DASHED, MAX_CURVES, Band, bands_chart
 from alignprop.comparison import outcome
+from alignprop.comparison.budget import read_budget
 from alignprop.comparison.outcome import AXES, Results
 from alignprop.report import data_uri, number, page_template, require_pages
 from alignprop.runfolder import RunFolder, write_atomically
@@ -132,17 +133,24 @@ def _finals(results: Results, measures: Sequence[Measure]) -> Iterator[tuple[str
     if base is None:
         return
     yield "base model", [(number(measure.of(base)), "") for measure in measures]
+    starts = [measure.of(base) for measure in measures]
     for name, method in results["methods"].items():
-        if method["final"]:
-            intervals = [measure.of(method["final"]) for measure in measures]
-            starts = [measure.of(base) for measure in measures]
-            yield (
-                name,
-                [
-                    (outcome.with_half_width(interval), _of_base(interval["mean"], start))
-                    for interval, start in zip(intervals, starts, strict=True)
-                ],
-            )
+        for title, found in ((name, method["final"]), (_gone_on(results, name), method["end"])):
+            if found:
+                intervals = [measure.of(found) for measure in measures]
+                yield (
+                    title,
+                    [
+                        (outcome.with_half_width(interval), _of_base(interval["mean"], start))
+                        for interval, start in zip(intervals, starts, strict=True)
+                    ],
+                )
+
+
+def _gone_on(results: Results, name: str) -> str:
+    """A method after its own budget, where that is larger than the one of all."""
+    own = results["declaration"]["budgets"].get(name)
+    return f"{name}, after {outcome.amount(own)}" if own else name
 
 
 def _of_base(value: float, start: float) -> str:
@@ -150,18 +158,26 @@ def _of_base(value: float, start: float) -> str:
 
 
 def _pictures(folder: Path, results: Results) -> Iterator[tuple[str, str]]:
-    """Captions and grids of the unseen prompts: the base model's, then every method's at the end of seed 0."""
+    """Captions and grids of the unseen prompts: the base model's, then every method's of seed 0.
+
+    Each at the evaluation nearest to the budget of all, and at its end if it went on.
+    """
+    budget = read_budget("budget", results["declaration"]["budget"])
     runs = {name: method["seeds"].get("0") for name, method in results["methods"].items()}
     evaluated = {name: run for name, run in runs.items() if run and run["series"]}
     for name, run in evaluated.items():
         files = RunFolder(folder / run["folder"])
-        grids = [files.samples(step) / "unseen.png" for step in (run["series"]["step"][0], run["series"]["step"][-1])]
+        series = run["series"]
+        grids = [files.samples(step) / "unseen.png" for step in series["step"]]
         if not all(grid.exists() for grid in grids):  # sound is not drawn
             continue
         if name == next(iter(evaluated)):
             yield "base model", data_uri(grids[0], max_width=2000)
-        state = "" if run["finished"] else ", failed then" if run["failure"] else " so far"
-        yield f"{name}, {run['series']['images'][-1]:,} images scored{state}", data_uri(grids[1], max_width=2000)
+        nearest = min(range(len(grids)), key=lambda place: abs(series[budget.unit][place] - budget.amount))
+        for place in sorted({nearest, len(grids) - 1}):
+            ended = run["finished"] or place < len(grids) - 1
+            state = "" if ended else ", failed then" if run["failure"] else " so far"
+            yield f"{name}, {series['images'][place]:,} images scored{state}", data_uri(grids[place], max_width=2000)
 
 
 def _differences(results: Results, name: str) -> Iterator[tuple[str, str, str]]:

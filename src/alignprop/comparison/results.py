@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from alignprop.comparison.budget import Budget
 from alignprop.comparison.declaration import Declaration
 from alignprop.comparison.jobs import Job, seed_jobs
 from alignprop.comparison.reach import reach
 from alignprop.comparison.search import Choice, choose_settings
-from alignprop.comparison.statistics import common_grid, interpolate, mean_interval
+from alignprop.comparison.statistics import at_place, common_grid, crossing, interpolate, mean_interval
 
 Record: TypeAlias = dict[str, Any]
 
@@ -46,7 +47,10 @@ def _method(declaration: Declaration, folder: Path, name: str) -> Record:
         "complete": choice is not None and all(job.is_over for job in jobs),
         "failures": {seed: run["failure"] for seed, run in seeds.items() if run["failure"]},
         "seeds": seeds,
-        "final": _over_seeds([_at(series, -1) for series in finished]) if finished else None,
+        "final": _over_seeds([_at_budget(series, declaration.budget) for series in finished]) if finished else None,
+        "end": _over_seeds([_at(series, -1) for series in finished])
+        if finished and declaration.budget_of(name) != declaration.budget
+        else None,
         "spent": {axis: mean_interval([series[axis][-1] for series in finished]).mean for axis in AXES}
         if finished
         else None,
@@ -101,6 +105,16 @@ def _series(lines: Sequence[Mapping[str, Any]]) -> Record:
 def _at(series: Mapping[str, Any], place: int) -> Record:
     """The values of a curve's point, by set of prompts."""
     return {name: _each(measured, lambda values: values[place]) for name, measured in series["sets"].items()}
+
+
+def _at_budget(series: Mapping[str, Any], budget: Budget) -> Record:
+    """The values where a curve has spent the budget of all, between two evaluations if it goes on; else at its end."""
+    spent = series[budget.unit]
+    if spent[-1] <= budget.amount:
+        return _at(series, -1)
+    place = crossing(spent, budget.amount)
+    assert place is not None, "the last of them is above the budget"
+    return {name: _each(measured, lambda values: at_place(values, place)) for name, measured in series["sets"].items()}
 
 
 def _each(measured: Mapping[str, Any], change: Any) -> Record:

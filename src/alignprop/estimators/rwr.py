@@ -3,8 +3,9 @@
     loss = mean over pictures and steps of  w(A) || target - prediction(x_t) ||^2
 
 with ``w = N softmax(beta A)`` over the N pictures of a step or, filtered, ``w = N / |kept|`` for those whose A is in
-the upper share and 0 for the others. The prediction is the guided one that the pictures were drawn by: to imitate them
-without guidance, and then draw with guidance again, adds guidance to guidance until pictures burn out. A is the reward in deviations from its prompt's mean.
+the upper share and 0 for the others. A is the reward in deviations from its prompt's mean. The prediction is the guided
+one that the pictures were drawn by: to imitate them without guidance, and then draw with guidance again, adds guidance
+to guidance until pictures burn out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

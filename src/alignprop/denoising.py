@@ -141,6 +141,10 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+SMALLEST_DEVIATION = 1e-4
+"""Below it a step counts as deterministic: some schedulers leave a rest of noise there that divides by zero."""
+
+
 class _NoiseOf(TorchFunctionMode):
     """All noise that would be drawn inside has this value; nothing is drawn."""
 
@@ -163,12 +167,12 @@ def gaussian(seen: Transition) -> tuple[Tensor, Tensor]:
     Found by taking the step with noise of 0 and of 1, whatever the scheduler: the latents are linear in the noise.
 
     Returns:
-        The mean, shaped as the latents, and the deviation, a scalar; 0 for a deterministic step.
+        The mean, shaped as the latents, and the deviation, a scalar; 0 for a step that draws nothing to speak of.
     """
     mean = _step_with_noise(seen, 0.0)
     with torch.no_grad():
         deviation = (_step_with_noise(seen, 1.0) - mean).mean()
-    return mean, deviation.clamp(min=0)
+    return mean, torch.where(deviation > SMALLEST_DEVIATION, deviation, 0.0)
 
 
 def _step_with_noise(seen: Transition, value: float) -> Tensor:

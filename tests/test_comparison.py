@@ -39,6 +39,7 @@ from alignprop.comparison.statistics import (
     t_quantile,
 )
 from alignprop.config import ConfigError
+from alignprop.probe import Finding
 from alignprop.report import summarise
 from alignprop.runfolder import RunFolder
 from alignprop.trainer import TrainingStopped
@@ -423,6 +424,7 @@ def built(monkeypatch):
         return FakeTrainer(config, folder)
 
     monkeypatch.setattr(running, "build", build)
+    monkeypatch.setattr(running, "probe_trainer", lambda trainer: [])
     monkeypatch.setattr(page, "write_page", lambda folder, found: folder / "compare.html")  # takes a second or more
     return folders
 
@@ -485,6 +487,22 @@ def test_a_run_that_fails_stops_no_other_and_is_not_repeated(recipe, built, tmp_
     shutil.rmtree(tmp_path / "c/runs/hot/seed-1")
     assert run(*command, "--output", "c").exit_code == 0
     assert built == ["runs/hot/seed-1"]
+
+
+def test_a_method_that_the_probe_refuses_is_not_trained(recipe, built, monkeypatch):
+    probed = []
+
+    def refusing(trainer):
+        probed.append(trainer)
+        return [Finding("live gradient", False, "no gradient reaches the adapter.")]
+
+    monkeypatch.setattr(running, "probe_trainer", refusing)
+    assert (
+        run(recipe, "--methods", "alignprop", "--budget", "images=40", "--seeds", "2", "--output", "c").exit_code == 0
+    )
+    found = json.loads(Path("c/compare.json").read_text())["methods"]["alignprop"]
+    assert found["failures"] == {"0": "live gradient: no gradient reaches the adapter."}
+    assert found["seeds"]["1"]["finished"] and len(probed) == 1  # once a method
 
 
 def test_more_seeds_and_methods_train_only_what_is_new(recipe, built):

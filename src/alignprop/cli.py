@@ -433,19 +433,10 @@ def _run_folder(config: Config, recipe: str | None, output: Path | None) -> Path
 
 
 def _probe(trainer: Trainer) -> None:
-    from alignprop.config import probed_modes
-    from alignprop.probe import probe
+    from alignprop.config import probe_trainer
 
     with status("Checking that gradient flows"):
-        modes = probed_modes(trainer)
-        findings = probe(
-            trainer.sampler,
-            trainer.adapter,
-            trainer.objective,
-            trainer.prompts[:2],
-            modes=modes,
-            differentiable=trainer.estimator.needs_gradient,
-        )
+        findings = probe_trainer(trainer)
     tell_findings(findings)
     if not all(finding.passed for finding in findings):
         raise typer.Exit(FAILED)

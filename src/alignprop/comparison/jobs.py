@@ -34,6 +34,11 @@ class Job:
     budget: Budget
 
     @property
+    def is_first(self) -> bool:
+        """Whether it is the first of its method's trials or seeds."""
+        return self.part.endswith(" 0")
+
+    @property
     def lock(self) -> Path:
         """The claim on it, beside its folder."""
         return self.folder.with_name(self.folder.name + ".lock")

@@ -13,7 +13,7 @@ from alignprop.comparison.claims import claimed
 from alignprop.comparison.declaration import Declaration
 from alignprop.comparison.jobs import Job, job_config, known_jobs
 from alignprop.comparison.search import Choice, choose_settings
-from alignprop.config import Run, build, save
+from alignprop.config import Run, build, probe_trainer, save
 from alignprop.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def train(declaration: Declaration, job: Job, progress: Callable[[Job, Trainer],
     import torch
 
     from alignprop.checkpointing import list_checkpoints, load_checkpoint
+    from alignprop.probe import require
     from alignprop.trainer import TrainingStopped
 
     config, files = job_config(declaration, job), RunFolder(job.folder)
@@ -125,6 +126,8 @@ def train(declaration: Declaration, job: Job, progress: Callable[[Job, Trainer],
     place = Run(name=job.folder.name, folder=str(job.folder.parent))
     save(config.model_copy(update={"run": place}), files.config)
     try:
+        if not checkpoints and job.is_first:  # a method without gradient would show as a flat line
+            require(probe_trainer(trainer))
         trainer.train()
     except (TrainingStopped, ValueError, torch.OutOfMemoryError) as error:  # an outcome of this run, not of the others
         job.fail(str(error))

@@ -7,7 +7,7 @@ from alignprop.config.building import (
     evaluation_sets,
     load_pipeline,
     load_terms,
-    probed_modes,
+    probe_trainer,
 )
 from alignprop.config.errors import ConfigError
 from alignprop.config.estimators import EstimatorDescription, describe_estimators
@@ -31,7 +31,7 @@ __all__ = [
     "load_config",
     "load_pipeline",
     "load_terms",
-    "probed_modes",
+    "probe_trainer",
     "read_config",
     "read_overrides",
     "recipe_path",

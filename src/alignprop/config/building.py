@@ -22,6 +22,7 @@ from alignprop.config.settings import (
 if TYPE_CHECKING:
     import torch
 
+    from alignprop.probe import Finding
     from alignprop.prompts import Prompts
     from alignprop.rewards import Reward, WeightedSum
     from alignprop.seams import Checkpointing
@@ -324,7 +325,21 @@ def _memory_plan(trainer: Trainer, config: Config) -> Any:
     return plan_memory(run, max_live_steps=max_live_steps(trainer, config), limit=limit, device=device)
 
 
-def probed_modes(trainer: Trainer) -> Sequence[Checkpointing]:
+def probe_trainer(trainer: Trainer) -> list[Finding]:
+    """What the probe finds of a trainer, on two of its prompts and in the checkpointing modes that it may use."""
+    from alignprop.probe import probe
+
+    return probe(
+        trainer.sampler,
+        trainer.adapter,
+        trainer.objective,
+        trainer.prompts[:2],
+        modes=_probed_modes(trainer),
+        differentiable=trainer.estimator.needs_gradient,
+    )
+
+
+def _probed_modes(trainer: Trainer) -> Sequence[Checkpointing]:
     """The checkpointing modes that a run may use, behind a mode to compare them with that needs no more memory."""
     from alignprop.memory import MemoryPlan
 

@@ -334,7 +334,7 @@ def test_the_estimator_refuses_before_it_samples():
         r"^reward 'size' has no gradient, which AlignProp needs: train on it with DDPO or RWR, or watch it as a judge"
     )
     with pytest.raises(ValueError, match=told):
-        next(AlignProp(Last(1)).updates(Step(None, reward, each=None, weight=None)))
+        next(AlignProp(Last(1)).updates(Step(None, reward, each=None, num_batches=1, weight=None)))
 
 
 def test_pictures_leave_with_their_rounding_only():

@@ -60,7 +60,7 @@ def test_log_probabilities_and_the_clipped_gradient_are_those_of_a_loop_written_
     values, ddpo = list(adapter.parameters.values()), DDPO(clip_range=1e-5)
     seen = ddpo.collect(sampler, as_weighted_sum(redness), batch())
     by_hand = ddim_chain_by_hand(sd64, [0, 1], seen.latents, steps=5, guidance=2.0)
-    old = torch.stack(list(seen.log_probabilities))
+    old = torch.stack(list(seen.log_probabilities.values()))
     assert torch.allclose(old, by_hand.detach(), atol=1e-5)  # the scheduler keeps its alphas in float32
     advantages = torch.tensor([1.5, -0.5])
     for first in (True, False):
@@ -307,7 +307,29 @@ def test_a_sampler_without_noise_is_refused():
     ):
         DDPO().collect(Sampler(pipeline, CALL), as_weighted_sum(redness), batch())
     pipeline.scheduler.register_to_config(stochastic_sampling=True)
-    assert len(DDPO().collect(Sampler(pipeline, CALL), as_weighted_sum(redness), batch()).latents) == 4
+    seen = DDPO().collect(Sampler(pipeline, CALL), as_weighted_sum(redness), batch())
+    assert (len(seen.latents), list(seen.log_probabilities)) == (5, [0, 1, 2, 3])
+
+
+def test_steps_without_noise_between_others_are_gone_through_and_not_learned_from(sd64):
+    """The gradient of a chain with two quiet steps is that of the noisy ones alone."""
+    adapter, sampler, advantages = perturbed(sd64), Sampler(sd64, CALL), torch.tensor([1.0, -1.0])
+    values, step = list(adapter.parameters.values()), type(sd64.scheduler).step
+
+    class Quiet(type(sd64.scheduler)):
+        def step(self, model_output, timestep, sample, eta=0.0, **arguments):
+            quiet = int(timestep) in (601, 201)
+            return step(self, model_output, timestep, sample, eta=0.0 if quiet else eta, **arguments)
+
+    sd64.scheduler = Quiet.from_config(sd64.scheduler.config)
+    ddpo = DDPO()
+    seen = ddpo.collect(sampler, as_weighted_sum(redness), batch())
+    assert list(seen.log_probabilities) == [0, 2, 4]
+    ddpo.improve(sampler, seen, advantages, 1 / 2, first=True)
+    by_hand = ddim_chain_by_hand(sd64, [0, 1], seen.latents, steps=5, guidance=2.0)[[0, 2, 4]]
+    loss = -(advantages * (by_hand - by_hand.detach()).exp()).mean(0).sum() / 2
+    expected = torch.autograd.grad(loss, values)
+    assert relative(accumulated(values), torch.cat([part.flatten() for part in expected])) < 1e-4
 
 
 def test_minibatches_must_divide_the_micro_batches():

@@ -43,7 +43,7 @@ def attempt(row, name):
         return [work(MicroBatch(0, row.prompts, SEEDS, torch.Generator().manual_seed(0)))]
 
     try:
-        next(ESTIMATORS[name]().updates(Step(sampler, as_weighted_sum(reward), each_batch, lambda: 0.5)))
+        next(ESTIMATORS[name]().updates(Step(sampler, as_weighted_sum(reward), each_batch, 1, lambda: 0.5)))
     except ValueError as error:
         return str(error)
     parts = [value.grad for value in adapter.parameters.values() if value.grad is not None]

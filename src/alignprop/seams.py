@@ -10,7 +10,6 @@ The seams are instance attributes, put in place for one sampling and taken away 
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from alignprop.spec import PipelineSpec
-from alignprop.steps import OnStep, Plan, Transition, held_step, scheduler_copy, with_latents
+from alignprop.steps import OnStep, Plan, Transition, held_step, named_arguments, scheduler_copy, with_latents
 
 Checkpointing = Literal["none", "step", "block", "nested"]
 CHECKPOINTING_MODES: tuple[Checkpointing, ...] = get_args(Checkpointing)
@@ -208,14 +207,13 @@ def _dtype_of(decoder: nn.Module) -> torch.dtype:
 
 def _counted_step(scheduler: Any, trace: Trace, gives_pixels: bool, on_step: OnStep | None) -> Callable[..., Any]:
     step = scheduler.step
-    signature = inspect.signature(step)
 
     @functools.wraps(step)  # pipelines look at the signature to decide whether to pass eta and generator
     def counted(*args: Any, **kwargs: Any) -> Any:
         before = scheduler_copy(scheduler) if on_step is not None else None
         output = held_step(scheduler, args, kwargs) if trace.is_held else step(*args, **kwargs)
         if on_step is not None:
-            arguments = signature.bind(*args, **kwargs).arguments
+            arguments = named_arguments(step, args, kwargs)
             other = on_step(Transition(trace.step, trace.num_steps, before, arguments, output[0]))
             output = output if other is None else with_latents(output, other)
         trace.step += 1

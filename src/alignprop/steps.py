@@ -78,10 +78,20 @@ def scheduler_copy(scheduler: Any) -> Any:
     return twin
 
 
+def named_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, so that it can be made again with some of them changed."""
+    signature = inspect.signature(function)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
+
+
 def held_step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A step that gives back the latents it was given, in the form of a real one, and moves on in the schedule."""
     twin = scheduler_copy(scheduler)
-    sample = inspect.signature(twin.step).bind(*args, **kwargs).arguments["sample"]
+    sample = named_arguments(twin.step, args, kwargs)["sample"]
     with torch.no_grad():
         output = twin.step(*args, **kwargs)
     if hasattr(twin, "_step_index"):

@@ -192,6 +192,7 @@ class Trainer:
             self.sampler,
             self.objective,
             each=lambda work: self._each_micro_batch(lambda index: self._on_batch(work, index)),
+            num_batches=self.accumulation,
             weight=lambda: self._loss_scale() / self.images_a_step,
         )
         self.adapter.train()

@@ -40,12 +40,14 @@ class Step:
         reward: scores pictures.
         each: does some work for each micro-batch of this process, and returns the results; a ValueError of one
             process ends the step on all. It may be called several times.
+        num_batches: micro-batches of this process.
         weight: what to multiply each picture's loss with: one over the pictures of the step, times the loss scale.
     """
 
     sampler: Sampler
     reward: WeightedSum
     each: Callable[[Callable[[MicroBatch], Any]], list[Any]]
+    num_batches: int
     weight: Callable[[], float]
 
 

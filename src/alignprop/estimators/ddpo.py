@@ -36,9 +36,8 @@ class Experience:
         batch: their prompts and seeds.
         components: their rewards by name, each (B,).
         scores: (B,).
-        latents: of each stochastic step, what it drew.
-        log_probabilities: of each stochastic step, (B,).
-        num_steps: denoising steps.
+        latents: that each denoising step gave.
+        log_probabilities: of those that a step drew, (B,), by step; deterministic steps have none.
         calls: denoiser calls.
     """
 
@@ -46,8 +45,7 @@ class Experience:
     components: Mapping[str, Tensor]
     scores: Tensor
     latents: Sequence[Tensor]
-    log_probabilities: Sequence[Tensor]
-    num_steps: int
+    log_probabilities: Mapping[int, Tensor]
     calls: int
 
 
@@ -92,11 +90,11 @@ class DDPO:
 
     def updates(self, step: Step) -> Iterator[Sequence[Estimate]]:
         """Draw and score once, then improve; see :class:`~alignprop.estimators.base.Estimator`."""
-        experiences = step.each(lambda batch: self.collect(step.sampler, step.reward, batch))
-        if len(experiences) % self.minibatches:
+        if step.num_batches % self.minibatches:
             raise ValueError(
-                f"minibatches={self.minibatches} needs to divide training.accumulation={len(experiences)}."
+                f"minibatches={self.minibatches} needs to divide training.accumulation={step.num_batches}."
             )
+        experiences = step.each(lambda batch: self.collect(step.sampler, step.reward, batch))
         advantages = self._advantages(experiences)
         for epoch in range(self.inner_epochs):
             for part in range(self.minibatches):
@@ -128,33 +126,26 @@ class DDPO:
         Raises:
             ValueError: no denoising step of the pipeline draws anything.
         """
-        latents, log_probabilities = [], []
+        latents: list[Tensor] = []
+        log_probabilities: dict[int, Tensor] = {}
 
         def remember(seen: Transition) -> None:
+            latents.append(seen.latents)
             mean, deviation = gaussian(seen)
-            if deviation > 0:
-                latents.append(seen.latents)
-                log_probabilities.append(log_probability(seen.latents, mean, deviation)[: len(batch.seeds)])
+            if deviation > 0:  # some pipelines keep copies of their latents behind them
+                log_probabilities[seen.step] = log_probability(seen.latents, mean, deviation)[: len(batch.seeds)]
 
         rollout = sampler.rollout(
             batch.prompts, batch.seeds, plan=lambda n: Plan(live=()), on_step=remember, **self._noise(sampler)
         )
-        if not latents:
+        if not log_probabilities:
             raise ValueError(
                 f"estimator ddpo learns from the noise of denoising steps, and {_name(sampler)} draws none: set "
                 "sampling.eta=1 (DDIM), model.scheduler=EulerAncestralDiscreteScheduler or, for flow matching, "
                 "model.scheduler_arguments={stochastic_sampling: true}."
             )
         components = scored(reward, rollout.pixels.detach(), batch.prompts)
-        return Experience(
-            batch,
-            components,
-            reward.combine(components),
-            latents,
-            log_probabilities,
-            rollout.num_steps,
-            rollout.calls,
-        )
+        return Experience(batch, components, reward.combine(components), latents, log_probabilities, rollout.calls)
 
     def improve(
         self, sampler: Sampler, experience: Experience, advantages: Tensor, weight: float, *, first: bool
@@ -170,27 +161,25 @@ class DDPO:
             weight: one over the pictures of this update, times the loss scale.
             first: whether nothing has been learned since the pictures were drawn, so that every ratio must be 1.
         """
-        num_drawn = len(experience.latents)
-        ratios: list[Tensor] = []
+        old, ratios = experience.log_probabilities, []
 
         def learn(seen: Transition) -> Tensor:
-            drawn = experience.latents[seen.step]
-            mean, deviation = gaussian(seen)
-            old = experience.log_probabilities[seen.step]
-            difference = log_probability(drawn, mean, deviation)[: len(old)] - old
-            ratio = difference.exp()
-            clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-            gain = advantages.to(ratio)
-            (weight / num_drawn * torch.maximum(-gain * ratio, -gain * clipped)).sum().backward()
-            ratios.append(ratio.detach())
-            if len(ratios) == num_drawn:
+            reached = experience.latents[seen.step]
+            if seen.step in old:
+                now = log_probability(reached, *gaussian(seen))[: len(advantages)]
+                ratio = (now - old[seen.step]).exp()
+                clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+                gain = advantages.to(ratio)
+                (weight / len(old) * torch.maximum(-gain * ratio, -gain * clipped)).sum().backward()
+                ratios.append(ratio.detach())
+            if len(ratios) == len(old):
                 raise EnoughError
-            return drawn
+            return reached
 
         trace = sampler.walk(
             experience.batch.prompts,
             experience.batch.seeds,
-            lambda num_steps: Plan(live=range(num_drawn)),
+            lambda num_steps: Plan(live=list(old)),
             learn,
             checkpointing="block" if self.checkpointing in ("block", "nested") else "none",
             **self._noise(sampler),
@@ -207,8 +196,8 @@ class DDPO:
         return Estimate(
             experience.scores,
             experience.components,
-            experience.num_steps,
             len(experience.latents),
+            len(experience.log_probabilities),
             calls,
             0,
             {"clip_fraction": (off > self.clip_range).float().mean().item(), "ratio_error": off.mean().item()},

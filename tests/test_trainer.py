@@ -382,3 +382,27 @@ def test_a_judge_that_cannot_be_used_is_named():
     sampler = Sampler(tiny.stable_diffusion(), tiny.CALL)
     with pytest.raises(ValueError, match="reward 'judge' returned shape"):
         evaluate(sampler, TRAIN[:2], {"judge": lambda images, prompts: images.mean()})
+
+
+def test_a_budget_of_images_ends_the_run_and_spaces_the_evaluations(tmp_path):
+    folder = RunFolder(tmp_path)
+    evaluation = Evaluation(folder, {"train": TRAIN[:1]}, every_images=6, images_per_prompt=1)
+    run = trainer(steps=100, max_images=18, batch_size=2, accumulation=2, callbacks=[evaluation])
+    run.train()
+    assert (run.step, run.images_scored) == (5, 20)  # steps of 4 images: the one that passes 18 is the last
+    assert [line["images_scored"] for line in folder.evaluations.read()] == [0, 8, 12, 20]
+    assert [line["denoiser_calls"] for line in folder.evaluations.read()] == [0, 32, 48, 80]
+
+
+def test_a_budget_of_seconds_counts_the_steps_alone(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 3))  # every look at the clock is 3 s after the last
+    monkeypatch.setattr("alignprop.trainer.time.perf_counter", lambda: next(clock))
+    folder = RunFolder(tmp_path)
+    evaluation = Evaluation(folder, {"train": TRAIN[:1]}, every_seconds=6, images_per_prompt=1)
+    run = trainer(steps=100, max_seconds=10, batch_size=1, accumulation=1, callbacks=[evaluation])
+    run.train()
+    assert (run.step, run.train_seconds) == (4, 12)
+    assert [line["train_seconds"] for line in folder.evaluations.read()] == [0, 6, 12]
+    again = trainer(steps=100, max_seconds=10, batch_size=1, accumulation=1)
+    again.load_state(run.state())
+    assert again.finished

@@ -53,18 +53,17 @@ class ProgressBar(Callback):
             self.console.print(f"Going on after step {trainer.step}.")
             self._rewards = [line["reward"] for line in self.folder.metrics.read()]
         self._tell_evaluations()
-        self._progress.reset(self._task, total=trainer.steps, completed=trainer.step)
-        self._progress.update(self._task, description=f"step {trainer.step}/{trainer.steps}")
+        done, total, where = _place(trainer)
+        self._progress.reset(self._task)
+        self._progress.update(self._task, total=total, completed=done, description=where)
 
     def step(self, trainer: Trainer, metrics: Metrics) -> None:
         """Move the bar."""
         self._rewards.append(metrics["reward"])
         recent, first = mean(self._rewards[-_RECENT:]), mean(self._rewards[:_RECENT])
-        told = (
-            f"step {trainer.step}/{trainer.steps}  reward {recent:.3g} ({recent - first:+.2g})  "
-            f"{trainer.images_scored} images"
-        )
-        self._progress.update(self._task, completed=trainer.step, description=told)
+        done, total, where = _place(trainer)
+        told = f"{where}  reward {recent:.3g} ({recent - first:+.2g})  {trainer.images_scored} images"
+        self._progress.update(self._task, total=total, completed=done, description=told)
         self._tell_evaluations()
 
     def end(self, trainer: Trainer) -> None:
@@ -76,6 +75,17 @@ class ProgressBar(Callback):
         for line in lines[self._told :]:
             self.console.print(evaluation_line(line, lines[0]))
         self._told = len(lines)
+
+
+def _place(trainer: Trainer) -> tuple[float, float, str]:
+    """How much is done, of how much, and the step in words; of the bound that will end the run first."""
+    places: list[tuple[float, float, str]] = []
+    if trainer.max_images is not None:
+        places.append((trainer.images_scored, trainer.max_images, f"step {trainer.step}"))
+    if trainer.max_seconds is not None:
+        places.append((trainer.train_seconds, trainer.max_seconds, f"step {trainer.step}"))
+    places.append((trainer.step, trainer.steps, f"step {trainer.step}/{trainer.steps}"))
+    return max(places, key=lambda place: place[0] / place[1])
 
 
 def evaluation_line(line: Mapping[str, Any], first: Mapping[str, Any]) -> str:

@@ -108,20 +108,27 @@ def describe(config: Config, trainer: Trainer, folder: Path) -> None:
     rewards = " + ".join(f"{term.weight:g} × {name}" for name, term in config.rewards.items())
     judged = [name for name in config.judges if name not in config.rewards]
     watched = f"; watched: {', '.join(judged)}" if judged else ""
-    training = config.training
     rows = {
         "model": f"{config.model.name} ({config.model.dtype}, {trainer.pipeline.device}), {scheduler}, {sampling}",
         "reward": rewards + watched,
         "prompts": f"{_source(config.prompts.train)}: {len(trainer.prompts)} to train on",
         "gradient": _gradient(config.estimator),
         "adapter": f"LoRA rank {config.adapter.rank}, {sum(p.numel() for p in trainer.parameters.values()):,} weights",
-        "training": f"{training.steps} steps of {trainer.images_a_step} images",
+        "training": _length(trainer),
         "run": str(folder),
     }
     table = Table(box=None, show_header=False, padding=(0, 1))
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", escape(value))
     console().print(table)
+
+
+def _length(trainer: Trainer) -> str:
+    """How long it trains."""
+    bounds = [f"{trainer.steps:,} steps of {trainer.images_a_step} images"]
+    bounds += [f"{trainer.max_images:,} images scored"] if trainer.max_images is not None else []
+    bounds += [f"{trainer.max_seconds:g} s of steps"] if trainer.max_seconds is not None else []
+    return bounds[0] if len(bounds) == 1 else f"at most {', '.join(bounds)}"
 
 
 def _gradient(settings: EstimatorSettings) -> str:

@@ -560,7 +560,7 @@ def test_trials_of_another_process_are_waited_for(recipe, built, tmp_path, other
 
     monkeypatch.setattr(running.time, "sleep", sleep)
     command = [recipe, "--methods", "full,ddpo", "--methods-file", "m.yaml", "--seeds", "1", "--budget", "images=40"]
-    from alignprop.comparison.command import _asked, _declared
+    from alignprop.cli.comparing import _asked, _declared
 
     asked = _asked(str(recipe), ["full", "ddpo"], 1, "images=40", [], tmp_path / "m.yaml", None, 12)
     _declared(Path("c"), asked, Path("m.yaml"))

@@ -10,6 +10,7 @@ seed, not picked, are drawn into FOLDER/steps-RUN.png, and the numbers into FOLD
 
 import argparse
 import json
+import statistics
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 import alignprop
 from alignprop.config import Config, load_pipeline, load_terms, read_config
 from alignprop.evaluation import Evaluated
-from alignprop.pictures import save_grid
+from alignprop.pictures import captioned_grid
 from alignprop.pixels import to_pil
 from alignprop.prompts import load_prompts
 
@@ -78,13 +79,21 @@ def measure(run: Path, output: Path) -> dict[str, Any]:
     order = ["none", *(f"first {m}" for m in range(1, num_steps)), "all"]
     order += [f"last {m}" for m in range(num_steps - 1, 0, -1)]
     columns = [to_pil(results[name].images[:, 0]) for name in order]
-    save_grid(columns, order, output / f"steps-{run.parent.name}-{run.name}.png")
+    captioned_grid(columns, order, per_row=len(order)).save(output / f"steps-{run.parent.name}-{run.name}.png")
     return {
         name: {
             **{reward: values.mean().item() for reward, values in results[name].scores.items()},
             **shares(results[name].images, base, whole),
         }
         for name in order
+    }
+
+
+def mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of every number over runs of one recipe."""
+    return {
+        window: {name: statistics.fmean(run[window][name] for run in runs) for name in values}
+        for window, values in runs[0].items()
     }
 
 
@@ -96,6 +105,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     found = {f"{run.parent.name}/{run.name}": measure(run, arguments.output) for run in arguments.runs}
+    if len(found) > 1:
+        found["mean of all"] = mean(list(found.values()))
     for name, rows in found.items():
         print(f"\n{name}\n\n| adapter on in | {' | '.join(rows['all'])} |\n|---|{'---|' * len(rows['all'])}")
         for window, values in rows.items():

@@ -289,6 +289,7 @@ REFUSED = {
     "estimator.arguments={inner_epochs: 1.5}": "estimator.arguments.inner_epochs=1.5 does not fit",
     "estimator.arguments={min_count: 1}": "estimator.arguments.min_count=1 needs at least 2",
     "estimator.arguments={buffer_size: 4}": "estimator.arguments.buffer_size=4 needs at least min_count=16.",
+    "estimator.arguments={minibatches: 3}": "estimator.arguments.minibatches=3 needs to divide training.accumulation=1",
     "estimator.arguments={checkpointing: block}": "estimator.arguments.checkpointing has a setting of its own",
 }
 

@@ -106,6 +106,13 @@ def _estimator_arguments(config: Config) -> Iterator[str]:
         load_estimator(settings)
     except ValueError as error:
         yield str(error)
+        return
+    minibatches, accumulation = settings.arguments.get("minibatches", 1), config.training.accumulation
+    if accumulation % minibatches:
+        yield (
+            f"estimator.arguments.minibatches={minibatches} needs to divide training.accumulation={accumulation}, the "
+            "micro-batches that it shares out."
+        )
     learns_stepwise = not estimator_class(settings.name).needs_gradient
     if config.adapter.text_encoders and (learns_stepwise or settings.arguments.get("images")):
         yield (

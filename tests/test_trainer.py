@@ -1,5 +1,6 @@
 """The training loop: it learns, it resumes exactly, it stops on what is not finite."""
 
+import itertools
 import math
 import os
 import signal
@@ -115,6 +116,13 @@ def test_prompts_and_seeds_come_once_each_per_epoch_and_never_repeat():
     assert sorted(prompts[:5]) == sorted(prompts[5:]) == sorted(TRAIN)
     assert prompts[:5] != prompts[5:]
     assert len(set(seeds)) == 10
+
+
+def test_a_prompt_comes_as_often_in_succession_as_is_asked_for():
+    singles, repeated = trainer(batch_size=6), trainer(batch_size=4, accumulation=3, images_per_prompt=2)
+    prompts, seeds = zip(*(repeated.batch(place) for place in range(3)), strict=True)
+    assert [*itertools.chain(*prompts)] == [prompt for prompt in singles.batch(0)[0] for _ in range(2)]
+    assert len({*itertools.chain(*seeds)}) == 12
 
 
 @pytest.mark.parametrize("stop", [2, 4])

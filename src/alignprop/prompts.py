@@ -134,7 +134,7 @@ def _choices(lines: Sequence[_Line]) -> dict[str, Choice]:
     return {prompt: choice for prompt, choice in choices.items() if choice is not None}
 
 
-def batch(prompts: Sequence[str], seed: int, position: int, size: int) -> list[str]:
+def batch(prompts: Sequence[str], seed: int, position: int, size: int, repeats: int = 1) -> list[str]:
     """Take `size` prompts of an endless shuffled sequence, from a global position on.
 
     Position p is place p mod N of epoch p // N, and each epoch is a permutation of its own. Nothing but the
@@ -145,11 +145,13 @@ def batch(prompts: Sequence[str], seed: int, position: int, size: int) -> list[s
         seed: Not negative.
         position: How many prompts were taken before.
         size: How many to take.
+        repeats: How often each prompt comes in succession.
     """
     num = len(prompts)
-    epochs = range(position // num, (position + size - 1) // num + 1)
+    places = [p // repeats for p in range(position, position + size)]
+    epochs = {place // num for place in places}
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(num) for epoch in epochs}
-    return [prompts[orders[p // num][p % num]] for p in range(position, position + size)]
+    return [prompts[orders[place // num][place % num]] for place in places]
 
 
 def import_target(target: str, setting: str) -> Any:

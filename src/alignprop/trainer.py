@@ -87,6 +87,8 @@ class Trainer:
         steps: optimizer steps of the whole run, or the most of them where there is a budget.
         batch_size: images of a micro-batch on each process.
         accumulation: micro-batches of a step.
+        images_per_prompt: pictures of each prompt in succession: several give an estimator that learns from
+            advantages something to compare a picture with.
         seed: of everything random.
         spec: the pipeline's parts, where they cannot be known.
         lora: the adapter's settings, or that all of the denoiser is trained.
@@ -104,6 +106,7 @@ class Trainer:
     steps: int = 100
     batch_size: int = 4
     accumulation: int = 1
+    images_per_prompt: int = 1
     seed: int = 0
     lora: Lora | Full = field(default_factory=Lora)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -246,7 +249,7 @@ class Trainer:
         first = self.images_drawn + (micro_batch * process.num_processes + process.process_index) * self.batch_size
         seeds = [distributed.derive_seed(self.seed, _NOISE, first + i) for i in range(self.batch_size)]
         stream = distributed.derive_seed(self.seed, _PROMPTS)
-        return prompt_batch(self.prompts, stream, first, self.batch_size), seeds
+        return prompt_batch(self.prompts, stream, first, self.batch_size, self.images_per_prompt), seeds
 
     def _update(self) -> float:
         """Clip and step; returns the gradient's norm before clipping."""

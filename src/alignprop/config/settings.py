@@ -266,6 +266,7 @@ class Training(Section):
     """The loop; see :class:`alignprop.trainer.Trainer`.
 
     Attributes:
+        images_per_prompt: pictures of each prompt in succession; several help ddpo and rwr, which compare them.
         max_images: end once so many images have been scored.
         max_seconds: end once the steps have taken so long, evaluations apart.
         num_threads: of torch on CPU; null leaves the choice to torch.
@@ -274,6 +275,7 @@ class Training(Section):
     steps: Count = 100
     batch_size: Count = 4
     accumulation: Count = 1
+    images_per_prompt: Count = 1
     seed: Natural = 0
     max_images: Count | None = None
     max_seconds: Positive | None = None

@@ -153,14 +153,16 @@ def walk(
     *args: Any,
     plan: Planner,
     on_step: OnStep,
-    checkpointing: Checkpointing | Callable[[int], Checkpointing] = "none",
+    checkpointing: Checkpointing = "none",
     spec: PipelineSpec | None = None,
     **kwargs: Any,
 ) -> Trace:
     """Run the denoising steps of a pipeline for the sake of ``on_step``, and decode nothing.
 
-    Arguments and errors are those of :func:`rollout`; whatever graph there is, ``on_step`` has to use.
+    Arguments and errors are those of :func:`rollout`; whatever graph there is, ``on_step`` has to use. As it does so
+    step by step, only the checkpointing of blocks saves anything: that of steps is left out.
     """
+    blockwise: Checkpointing = "block" if checkpointing in ("block", "nested") else "none"
     spec = spec or spec_of(pipeline)
 
     def look(transition: Transition) -> Tensor | None:
@@ -172,7 +174,7 @@ def walk(
     with (
         torch.enable_grad(),
         _quiet(pipeline),
-        gradient_seams(pipeline, spec, plan, _mode(checkpointing), look) as trace,
+        gradient_seams(pipeline, spec, plan, _mode(blockwise), look) as trace,
         suppress(EnoughError),
     ):
         pipeline(*args, **kwargs)

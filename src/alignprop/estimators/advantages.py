@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignprop import distributed
+
 
 @dataclass
 class PromptStatistics:
@@ -34,6 +36,22 @@ class PromptStatistics:
         """Remember the rewards of one step, of all processes."""
         for prompt, score in zip(prompts, scores, strict=True):
             self.seen.setdefault(prompt, deque(maxlen=self.size)).append(score)
+
+    def judge(self, prompts: Sequence[str], scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember the rewards of a step, and say how much better than usual its pictures are.
+
+        Args:
+            prompts: of this process's B pictures.
+            scores: (B,), their rewards.
+
+        Returns:
+            The advantages of this process's pictures, (B,), and those of all processes, in order of rank.
+        """
+        mine = scores.float().cpu()
+        everything = torch.cat(distributed.gather([mine]))
+        self.observe(distributed.gather(list(prompts)), everything.tolist())
+        own = self.advantages(prompts, mine, everything)
+        return own, torch.cat(distributed.gather([own]))
 
     def advantages(self, prompts: Sequence[str], scores: Tensor, everything: Tensor) -> Tensor:
         """How much better than usual pictures are, in deviations.

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignprop import distributed
 from alignprop.denoising import gaussian, log_probability
 from alignprop.estimators.advantages import PromptStatistics
 from alignprop.estimators.base import Estimate, MicroBatch, Step, scored
@@ -181,7 +180,7 @@ class DDPO:
             experience.batch.seeds,
             lambda num_steps: Plan(live=list(old)),
             learn,
-            checkpointing="block" if self.checkpointing in ("block", "nested") else "none",
+            checkpointing=self.checkpointing,
             **self._noise(sampler),
         )
         return self._estimate(experience, torch.stack(ratios), trace.calls, first)
@@ -204,11 +203,9 @@ class DDPO:
         )
 
     def _advantages(self, experiences: Sequence[Experience]) -> list[Tensor]:
-        mine = torch.cat([experience.scores for experience in experiences]).float().cpu()
         prompts = [prompt for experience in experiences for prompt in experience.batch.prompts]
-        everything = torch.cat(distributed.gather([mine]))
-        self.statistics.observe(distributed.gather(prompts), everything.tolist())
-        bounded = self.statistics.advantages(prompts, mine, everything).clamp(-self.max_advantage, self.max_advantage)
+        own, _ = self.statistics.judge(prompts, torch.cat([experience.scores for experience in experiences]))
+        bounded = own.clamp(-self.max_advantage, self.max_advantage)
         return list(bounded.split([len(experience.scores) for experience in experiences]))
 
     def _noise(self, sampler: Sampler) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def denoising_loss(
         seeds,
         lambda num_steps: Plan(live=range(num_steps)),
         learn,
-        checkpointing="block" if checkpointing in ("block", "nested") else "none",
+        checkpointing=checkpointing,
         **({} if guided else _unguided(sampler)),
     )
     return torch.stack(losses).mean(0), trace.calls

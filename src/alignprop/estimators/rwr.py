@@ -120,12 +120,8 @@ class RWR:
 
     def _weights(self, drawn: Sequence[Drawn]) -> list[Tensor]:
         """Of each picture, 1 on average over all processes."""
-        mine = torch.cat([each.scores for each in drawn]).float().cpu()
         prompts = [prompt for each in drawn for prompt in each.batch.prompts]
-        everything = torch.cat(distributed.gather([mine]))
-        self.statistics.observe(distributed.gather(prompts), everything.tolist())
-        own = self.statistics.advantages(prompts, mine, everything)
-        advantages = torch.cat(distributed.gather([own]))
+        own, advantages = self.statistics.judge(prompts, torch.cat([each.scores for each in drawn]))
         if self.keep is None:
             weights = torch.exp(self.inverse_temperature * (own - advantages.max()))
             mean = torch.exp(self.inverse_temperature * (advantages - advantages.max())).mean()

@@ -74,6 +74,11 @@ class RunFolder:
         return self.path / "samples" / f"step-{step:06d}"
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something is at ``path`` that a new folder there would mix with: a file, or a folder with content."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader finds the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

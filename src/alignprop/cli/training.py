@@ -128,11 +128,11 @@ def _run_folder(config: Config, recipe: str | None, output: Path | None) -> Path
     """
     from alignprop import distributed
     from alignprop.config import ConfigError
+    from alignprop.runfolder import is_taken
 
     name = config.run.name or time.strftime(f"{Path(recipe or DEFAULT_RECIPE).stem}-%Y%m%d-%H%M%S")
     path: Path = distributed.gather([output or Path(config.run.folder) / name])[0]
-    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if any(distributed.gather([taken])):
+    if any(distributed.gather([is_taken(path)])):
         remedy = f"go on with `alignprop train --resume {path}`, or give another folder: --output DIR."
         raise ConfigError([f"{path} is not empty: {remedy}"])
     return path

@@ -13,7 +13,7 @@ import yaml
 from alignprop.comparison.budget import Budget, read_budget
 from alignprop.comparison.methods import Search, Settings, read_search
 from alignprop.config import ConfigError
-from alignprop.runfolder import write_atomically
+from alignprop.runfolder import is_taken, write_atomically
 
 _FORMAT = "alignprop-comparison-1"
 
@@ -124,7 +124,7 @@ def declare(folder: Path, asked: Declaration) -> Declaration:
             raise ConfigError([f"{folder} holds another comparison, {'; '.join(differences)}: {remedy}"])
         if asked.reach is None:
             asked = replace(asked, reach=before.reach)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif is_taken(folder):
         raise ConfigError([f"{folder} is not empty and no comparison: give another folder, --output DIR."])
     text = yaml.safe_dump(asked.document(), sort_keys=False, allow_unicode=True)
     write_atomically(declaration_path(folder), text)

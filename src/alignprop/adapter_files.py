@@ -150,13 +150,16 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def load_adapter(pipeline: Any, folder: Path, *, spec: PipelineSpec | None = None) -> None:
+def load_adapter(
+    pipeline: Any, folder: Path, *, spec: PipelineSpec | None = None, adapter_name: str | None = None
+) -> None:
     """Load what :func:`save_adapter` or :func:`save_models` wrote into a pipeline without it.
 
     Args:
         pipeline: of the kind that the adapter was trained in.
         folder: of the adapter.
         spec: the pipeline's parts, where they cannot be known.
+        adapter_name: its name in the pipeline, to load several side by side; None for the libraries' own choice.
 
     Raises:
         ValueError: there is no adapter for this pipeline in the folder.
@@ -169,25 +172,26 @@ def load_adapter(pipeline: Any, folder: Path, *, spec: PipelineSpec | None = Non
         return
     if reads_lora_files(pipeline, spec):
         _require(folder / DIFFUSERS_FILE)
-        pipeline.load_lora_weights(folder, weight_name=DIFFUSERS_FILE)
+        pipeline.load_lora_weights(folder, weight_name=DIFFUSERS_FILE, adapter_name=adapter_name)
         if len(spec.denoisers) > 1:
             _require(folder / SECOND_FILE)
-            pipeline.load_lora_weights(folder, weight_name=SECOND_FILE, load_into_transformer_2=True)
+            second = {"weight_name": SECOND_FILE, "load_into_transformer_2": True}
+            pipeline.load_lora_weights(folder, adapter_name=adapter_name, **second)
         return
     for part, denoiser in zip(spec.denoisers, spec.denoisers_of(pipeline), strict=True):
-        _load_from_peft(denoiser, _peft_folder(folder, spec, part))
+        _load_from_peft(denoiser, _peft_folder(folder, spec, part), adapter_name or "default")
 
 
-def _load_from_peft(denoiser: nn.Module, folder: Path) -> None:
+def _load_from_peft(denoiser: nn.Module, folder: Path, adapter_name: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     _require(folder / PEFT_FILE)
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
-    inject_adapter_in_model(config, denoiser)
+    inject_adapter_in_model(config, denoiser, adapter_name)
     state = {name.removeprefix(_PEFT_PREFIX): value for name, value in load_file(folder / PEFT_FILE).items()}
-    result = set_peft_model_state_dict(denoiser, state)
+    result = set_peft_model_state_dict(denoiser, state, adapter_name)
     if result.unexpected_keys:
         raise ValueError(
             f"{folder / PEFT_FILE} is not of a {type(denoiser).__name__} like this one: "

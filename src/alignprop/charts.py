@@ -123,6 +123,59 @@ def scatter_chart(steps: Sequence[int], values: Sequence[float], marked_step: in
     return _inline(figure)
 
 
+@dataclass(frozen=True)
+class Spot:
+    """A point of two measures.
+
+    Attributes:
+        x: the first measure.
+        y: the second.
+        x_sem: standard error of the first.
+        y_sem: of the second.
+        label: the number of its row in the page's table.
+        colour: place of its curve's colour; None for the muted one.
+        marked: whether it is drawn large.
+        filled: whether it is filled, or a ring.
+    """
+
+    x: float
+    y: float
+    x_sem: float
+    y_sem: float
+    label: int
+    colour: int | None
+    marked: bool
+    filled: bool
+
+
+def front_chart(spots: Sequence[Spot], paths: Sequence[Sequence[int]]) -> Markup:
+    """Draw points of two measures with crosses of one standard error, and lines that join some of them.
+
+    Args:
+        spots: all points.
+        paths: places of the spots along each line.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes(None, height=3.4)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(axis="x", color=_LINE, linewidth=0.7)
+    axes.margins(0.09)
+    for path in paths:
+        axes.plot([spots[i].x for i in path], [spots[i].y for i in path], color=_MUTED, linewidth=1, zorder=1)
+    for spot in spots:
+        colour = _MUTED if spot.colour is None else _CURVES[spot.colour % MAX_CURVES]
+        axes.errorbar(
+            spot.x, spot.y, spot.y_sem, spot.x_sem, fmt="none", ecolor=colour, alpha=0.35, linewidth=0.8, zorder=1
+        )
+        size, face = 7.5 if spot.marked else 5, colour if spot.filled else "none"
+        axes.plot(spot.x, spot.y, "o", color=colour, markersize=size, markerfacecolor=face, zorder=2)
+        axes.annotate(
+            str(spot.label), (spot.x, spot.y), (5, 5), textcoords="offset points", fontsize=8, color=colour, zorder=3
+        )
+    return _inline(figure)
+
+
 def moving_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """A centred mean over a tenth of the values, over fewer towards both ends."""
     half = len(values) // 20

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from alignprop.config import Config, JudgeTerm
+    from alignprop.config import Config, JudgeTerm, Model
+    from alignprop.config.settings import Sampling
     from alignprop.rewards import Reward
     from alignprop.rollout import Sampler
 
@@ -25,13 +26,32 @@ NUM_TRAIN_PROMPTS = 8
 
 
 def settings_of(adapter: Path | None) -> Config | None:
-    """The settings of the run that an adapter came from, if it is still in its folder."""
+    """The settings of the run that an adapter came from: of its folder, else of the adapter's own header.
+
+    None where neither tells, as for an adapter from elsewhere or a header that this version cannot read.
+    """
     from alignprop.config import read_config
 
-    for folder in (adapter, adapter.parent) if adapter is not None else ():
+    if adapter is None:
+        return None
+    for folder in (adapter, adapter.parent):
         if (folder / "config.yaml").is_file():
             return read_config(folder / "config.yaml")
-    return None
+    return _settings_in_header(adapter)
+
+
+def _settings_in_header(adapter: Path) -> Config | None:
+    from pydantic import ValidationError
+
+    from alignprop.adapter_files import facts_of
+    from alignprop.config import Config
+    from alignprop.mixing.schedule import holds_schedule, read_schedule
+
+    holder = next(iter(read_schedule(adapter)[1].values())) if holds_schedule(adapter) else adapter
+    try:
+        return Config.model_validate(facts_of(holder).get("config"))
+    except ValidationError:
+        return None
 
 
 def adapter_folder(adapter: Path) -> Path:
@@ -41,9 +61,10 @@ def adapter_folder(adapter: Path) -> Path:
         ValueError: there is none.
     """
     from alignprop.adapter_files import DIFFUSERS_FILE, holds_adapter
+    from alignprop.mixing.schedule import holds_schedule
 
     for folder in (adapter, adapter / "adapter"):
-        if holds_adapter(folder):
+        if holds_adapter(folder) or holds_schedule(folder):
             return folder
     raise ValueError(f"adapter={str(adapter)!r} holds no {DIFFUSERS_FILE}: give an adapter's folder or a run's.")
 
@@ -52,18 +73,36 @@ def base_sampler(
     model: str | None, adapter: Path | None, steps: int | None, guidance: float | None
 ) -> tuple[Sampler, Path | None]:
     """The base model with the settings that go with it, and the folder of the adapter that is asked for."""
-    from alignprop.config import Config, Model, check_call, load_pipeline, read_config, recipe_path
+    from alignprop.config import check_call, load_pipeline
     from alignprop.rollout import Sampler
 
     folder = adapter_folder(adapter) if adapter is not None else None
+    chosen, sampling = base_settings(model, adapter, steps, guidance)
+    pipeline = load_pipeline(chosen)
+    check_call(pipeline, sampling)
+    return Sampler(pipeline, sampling.call()), folder
+
+
+def base_settings(
+    model: str | None, adapter: Path | None, steps: int | None, guidance: float | None
+) -> tuple[Model, Sampling]:
+    """Which model :func:`base_sampler` loads, and the arguments of its call."""
+    from alignprop.config import Config, Model, read_config, recipe_path
+
     config = settings_of(adapter)
     if config is None:
         config = Config() if model not in (None, "emoji") else read_config(recipe_path(DEFAULT_RECIPE))
     changes = {"num_inference_steps": steps, "guidance_scale": guidance}
     sampling = config.sampling.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    pipeline = load_pipeline(config.model if model in (None, config.model.name) else Model(name=model))
-    check_call(pipeline, sampling)
-    return Sampler(pipeline, sampling.call()), folder
+    return config.model if model in (None, config.model.name) else Model(name=model), sampling
+
+
+def adapted(sampler: Sampler, folder: Path) -> Sampler:
+    """A sampler with an adapter, or a mixture of some, loaded into its pipeline."""
+    from alignprop.mixing import load_mixture
+    from alignprop.rollout import Sampler
+
+    return Sampler(sampler.pipeline, {**sampler.call, **load_mixture(sampler.pipeline, folder)}, sampler.spec)
 
 
 def pictures(sampler: Sampler, prompt: str, num: int, seed: int) -> list[Image]:

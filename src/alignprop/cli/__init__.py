@@ -6,6 +6,7 @@ import typer
 
 from alignprop.cli import adapters, listing, rewards, training
 from alignprop.cli.comparing import compare
+from alignprop.cli.mixing import mix
 
 app = typer.Typer(
     name="alignprop",
@@ -37,6 +38,7 @@ for command in (
     adapters.sample,
     adapters.evaluate,
     adapters.export,
+    mix,
     training.report,
     listing.recipes,
     listing.estimators,

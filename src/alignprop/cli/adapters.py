@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from rich.markup import escape
 
-from alignprop.drawing import adapter_folder, base_sampler, measures, pictures, settings_of, write_pictures
+from alignprop.drawing import adapted, adapter_folder, base_sampler, measures, pictures, settings_of, write_pictures
 from alignprop.terminal import comparison, console, errors_told, loading, status, tell
 
 ModelName: TypeAlias = Annotated[
@@ -56,15 +56,13 @@ def sample(
             sampler, folder = base_sampler(model, adapter, steps, guidance)
         with status("Drawing"):
             base = [(text, pictures(sampler, text, num, seed)) for text in prompt] if compare or not folder else []
-            adapted = []
+            changed = []
             if folder is not None:
-                from alignprop.adapter_files import load_adapter
-
-                load_adapter(sampler.pipeline, folder)
+                sampler = adapted(sampler, folder)
                 mark = " (adapter)" if compare else ""
-                adapted = [(text + mark, pictures(sampler, text, num, seed)) for text in prompt]
+                changed = [(text + mark, pictures(sampler, text, num, seed)) for text in prompt]
             pairs = (
-                [column for pair in zip(base, adapted, strict=True) for column in pair] if compare else base + adapted
+                [column for pair in zip(base, changed, strict=True) for column in pair] if compare else base + changed
             )
             write_pictures(pairs, output)
         tell(f"Wrote {escape(str(output))}")
@@ -88,7 +86,6 @@ def evaluate(
     [bold]alignprop evaluate --adapter runs/mine/adapter --prompts animals --reward emoji-clip --json[/]
     """
     with errors_told():
-        from alignprop.adapter_files import load_adapter
         from alignprop.evaluation import evaluate as measure
 
         adapter = adapter or run
@@ -98,7 +95,7 @@ def evaluate(
         results: dict[str, Any] = {}
         for label in ("base", "adapter") if folder else ("base",):
             if label == "adapter" and folder is not None:
-                load_adapter(sampler.pipeline, folder)
+                sampler = adapted(sampler, folder)
             for name, chosen in sets.items():
                 with status(f"Measuring: {label}, {name} prompts"):
                     result = measure(sampler, chosen, rewards, images_per_prompt=images_per_prompt)

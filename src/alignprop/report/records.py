@@ -1,0 +1,58 @@
+"""The lines of `metrics.jsonl` and `evaluation.jsonl`, as pages and summaries read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from alignprop.runfolder import RunFolder
+
+Record = Mapping[str, Any]
+"""One line of `metrics.jsonl` or `evaluation.jsonl`."""
+
+DIVERSITY = "diversity"
+
+_FIRST_SETS = ("unseen", "train")
+
+
+def config_of(folder: RunFolder) -> dict[str, Any]:
+    """Everything that made the run, as far as it is written."""
+    return dict(yaml.safe_load(folder.config.read_text(encoding="utf-8")) if folder.config.exists() else {})
+
+
+def prompt_sets(evaluations: Sequence[Record]) -> list[str]:
+    """The names of the sets of prompts, in the order of a page."""
+    return in_order(prompts for record in evaluations for prompts in record["sets"])
+
+
+def in_order(sets: Iterable[str]) -> list[str]:
+    """The distinct names, unseen prompts first, training prompts second."""
+    names = sorted(set(sets))
+    return [
+        *(name for name in _FIRST_SETS if name in names),
+        *(name for name in names if name not in _FIRST_SETS),
+    ]
+
+
+def scores_of(evaluation: Record, prompts: str) -> dict[str, Record]:
+    """The scores of a set, trained ones first; their weighted sum leads where there are several."""
+    measured, trained = evaluation["sets"][prompts], evaluation["trained"]
+    total = {} if len(trained) == 1 else {_total(trained): measured["reward"]}
+    return total | dict(sorted(measured["rewards"].items(), key=lambda item: item[0] not in trained))
+
+
+def _total(trained: Sequence[str]) -> str:
+    return f"weighted sum of {' and '.join(trained)}"
+
+
+def is_trained(reward: str, evaluation: Record) -> bool:
+    """Whether a name of :func:`scores_of` is that of a reward that is trained, or of their sum."""
+    return reward in (*evaluation["trained"], _total(evaluation["trained"]))
+
+
+def measures_of(evaluation: Record, prompts: str) -> dict[str, Record]:
+    """The scores of a set and its diversity, which comes without an error."""
+    diversity = {"mean": evaluation["sets"][prompts]["diversity"], "sem": 0}
+    return {**scores_of(evaluation, prompts), DIVERSITY: diversity}

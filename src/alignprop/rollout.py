@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from alignprop import pixels
 from alignprop.seams import Checkpointing, Trace, decoding_in_own_dtype, gradient_seams, swapped
 from alignprop.spec import PipelineSpec, spec_of
-from alignprop.steps import EnoughError, OnStep, Plan, Transition
+from alignprop.steps import EnoughError, OnCall, OnStep, Plan, Transition
 
 LiveSteps = int | Callable[[int], int] | None
 Planner = Callable[[int], Plan]
@@ -34,6 +34,7 @@ class Rollout:
         checkpointing: the mode that was used.
         stand_in: what the denoiser returned last, detached: see :attr:`alignprop.steps.Plan.stand_in`.
         output: what the pipeline itself returned.
+        penalty: (B,), what is taken off the reward of each picture, with its graph; None for nothing.
     """
 
     pixels: Tensor
@@ -45,6 +46,7 @@ class Rollout:
     checkpointing: Checkpointing
     stand_in: Any
     output: Any
+    penalty: Tensor | None = None
 
 
 def rollout(
@@ -54,6 +56,7 @@ def rollout(
     live_steps: LiveSteps = None,
     plan: Planner | None = None,
     on_step: OnStep | None = None,
+    on_call: OnCall | None = None,
     checkpointing: Checkpointing | Callable[[int], Checkpointing] = "none",
     spec: PipelineSpec | None = None,
     **kwargs: Any,
@@ -68,6 +71,7 @@ def rollout(
         plan: what is done in each denoising step, for methods that need more than a window; takes the place of
             ``live_steps``.
         on_step: is shown each denoising step, and may change where it leads.
+        on_call: is shown each denoiser call.
         checkpointing: activation checkpointing of the live steps, or a function from their number to a mode.
         spec: the pipeline's parts, where :func:`alignprop.spec.spec_of` cannot know them.
         **kwargs: keyword arguments of the pipeline's own call.
@@ -82,7 +86,7 @@ def rollout(
     with (
         torch.enable_grad(),  # what the seams switch on must not outlive the call
         _quiet(pipeline),
-        gradient_seams(pipeline, spec, plan or _window(live_steps), _mode(checkpointing), on_step) as trace,
+        gradient_seams(pipeline, spec, plan or _window(live_steps), _mode(checkpointing), on_step, on_call) as trace,
     ):
         output = pipeline(*args, **kwargs)
         if not trace.decoded:
@@ -153,6 +157,7 @@ def walk(
     *args: Any,
     plan: Planner,
     on_step: OnStep,
+    on_call: OnCall | None = None,
     checkpointing: Checkpointing = "none",
     spec: PipelineSpec | None = None,
     **kwargs: Any,
@@ -174,7 +179,7 @@ def walk(
     with (
         torch.enable_grad(),
         _quiet(pipeline),
-        gradient_seams(pipeline, spec, plan, _mode(blockwise), look) as trace,
+        gradient_seams(pipeline, spec, plan, _mode(blockwise), look, on_call) as trace,
         suppress(EnoughError),
     ):
         pipeline(*args, **kwargs)
@@ -201,6 +206,14 @@ def _mode(checkpointing: Checkpointing | Callable[[int], Checkpointing]) -> Call
     return checkpointing if callable(checkpointing) else lambda live_steps: checkpointing
 
 
+class Regulariser(Protocol):
+    """Takes part in the rollouts of a sampler; see :mod:`alignprop.regularisation`."""
+
+    def rollout(self, sampler: "Sampler", prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> Rollout:
+        """What :meth:`Sampler.rollout` gives for the same arguments, with a penalty."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A pipeline bound to the arguments of its call: from prompts and seeds to pictures.
@@ -209,11 +222,13 @@ class Sampler:
         pipeline: the user's diffusers pipeline.
         call: keyword arguments of every call (``num_inference_steps``, ``guidance_scale``, ...).
         spec: the pipeline's parts, where they cannot be known.
+        regulariser: takes part in the rollouts; None for none.
     """
 
     pipeline: Any
     call: Mapping[str, Any] = field(default_factory=dict)
     spec: PipelineSpec | None = None
+    regulariser: Regulariser | None = None
 
     def rollout(
         self,
@@ -224,8 +239,10 @@ class Sampler:
         **changes: Any,
     ) -> Rollout:
         """Sample one picture for each prompt and seed, with gradient; ``changes`` are arguments of :func:`rollout`."""
-        arguments = {**self._arguments(prompts, seeds), **changes}
-        return rollout(self.pipeline, live_steps=live_steps, checkpointing=checkpointing, spec=self.spec, **arguments)
+        settings = {"live_steps": live_steps, "checkpointing": checkpointing, **changes}
+        if self.regulariser is not None:
+            return self.regulariser.rollout(replace(self, regulariser=None), prompts, seeds, **settings)
+        return rollout(self.pipeline, spec=self.spec, **{**self._arguments(prompts, seeds), **settings})
 
     def walk(
         self, prompts: Sequence[str], seeds: Sequence[int], plan: Planner, on_step: OnStep, **changes: Any

@@ -21,7 +21,17 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from alignprop.spec import PipelineSpec
-from alignprop.steps import OnStep, Plan, Transition, held_step, named_arguments, scheduler_copy, with_latents
+from alignprop.steps import (
+    Call,
+    OnCall,
+    OnStep,
+    Plan,
+    Transition,
+    held_step,
+    named_arguments,
+    scheduler_copy,
+    with_latents,
+)
 
 Checkpointing = Literal["none", "step", "block", "nested"]
 CHECKPOINTING_MODES: tuple[Checkpointing, ...] = get_args(Checkpointing)
@@ -111,6 +121,7 @@ def gradient_seams(
     plan: Callable[[int], Plan],
     checkpointing: Callable[[int], Checkpointing],
     on_step: OnStep | None = None,
+    on_call: OnCall | None = None,
 ) -> Iterator[Trace]:
     """Patch ``pipeline`` so that its next call carries gradient in some of its denoising steps.
 
@@ -120,6 +131,7 @@ def gradient_seams(
         plan: from the number of denoising steps to what is done in each of them.
         checkpointing: from the number of live steps to the checkpointing mode.
         on_step: is shown each denoising step, and may change where it leads.
+        on_call: is shown each denoiser call.
 
     Yields:
         The trace that the call fills in.
@@ -142,7 +154,7 @@ def gradient_seams(
         stack.enter_context(swapped(pipeline, "scheduler", scheduler))
         stack.enter_context(_seam(scheduler, "step", _counted_step(scheduler, trace, spec.decoder is None, on_step)))
         for denoiser in spec.denoisers_of(pipeline):
-            stack.enter_context(_seam(denoiser, "forward", _gated_forward(denoiser, trace, begin)))
+            stack.enter_context(_seam(denoiser, "forward", _gated_forward(denoiser, trace, begin, on_call)))
         for encoder in spec.text_encoders_of(pipeline).values():
             if any(parameter.requires_grad for parameter in encoder.parameters()):
                 stack.enter_context(_seam(encoder, "forward", _live_forward(encoder)))
@@ -236,7 +248,9 @@ def _live_forward(encoder: nn.Module) -> Callable[..., Any]:
     return live
 
 
-def _gated_forward(denoiser: nn.Module, trace: Trace, begin: Callable[[], None]) -> Callable[..., Any]:
+def _gated_forward(
+    denoiser: nn.Module, trace: Trace, begin: Callable[[], None], on_call: OnCall | None
+) -> Callable[..., Any]:
     forward = _unpatched(denoiser.forward)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], blockwise: bool) -> Any:
@@ -255,6 +269,8 @@ def _gated_forward(denoiser: nn.Module, trace: Trace, begin: Callable[[], None])
         trace.calls += 1
         output = live(args, kwargs) if trace.is_live else dead(args, kwargs)
         trace.output = _mapped(torch.detach, output)
+        if on_call is not None:
+            on_call(Call(trace.step, trace.is_live, output))
         return output
 
     def dead(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

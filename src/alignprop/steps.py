@@ -61,6 +61,24 @@ class Transition:
         return self.step == self.num_steps - 1
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a denoiser; held steps make none.
+
+    Attributes:
+        step: the denoising step that it is made in, from 0.
+        is_live: whether it carries gradient.
+        output: what the denoiser returned, with its graph.
+    """
+
+    step: int
+    is_live: bool
+    output: Any
+
+
+OnCall = Callable[[Call], None]
+"""Looks at each denoiser call."""
+
 OnStep = Callable[[Transition], Tensor | None]
 """Looks at each denoising step; may return other latents to go on with, or raise :class:`EnoughError`."""
 

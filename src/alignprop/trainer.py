@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from alignprop.adapters import Full, Lora, Trainable
 from alignprop.estimators import AlignProp, Estimate, Estimator, MicroBatch, Step
 from alignprop.memory import peak_resident_bytes
 from alignprop.prompts import batch as prompt_batch
+from alignprop.regularisation import Regularisation, Regulariser
 from alignprop.rewards import Reward, as_weighted_sum, check_scores
 from alignprop.rollout import Sampler
 from alignprop.spec import PipelineSpec
@@ -94,6 +96,7 @@ class Trainer:
         lora: the adapter's settings, or that all of the denoiser is trained.
         optimizer: the optimizer's settings.
         estimator: turns rollouts into gradients.
+        regularisation: what is taken off the reward, and what bounds its gradient.
         max_images: the run ends once so many images have been scored; None for no bound.
         max_seconds: the run ends once its steps have taken so long, evaluations apart; None for no bound.
         callbacks: called in their order.
@@ -111,13 +114,19 @@ class Trainer:
     lora: Lora | Full = field(default_factory=Lora)
     optimizer: Optimizer = field(default_factory=Optimizer)
     estimator: Estimator = field(default_factory=AlignProp)
+    regularisation: Regularisation = field(default_factory=Regularisation)
     max_images: int | None = None
     max_seconds: float | None = None
     callbacks: Sequence[Callback] = ()
     spec: PipelineSpec | None = None
 
     def __post_init__(self) -> None:
-        """Add the adapter and set up the optimizer."""
+        """Add the adapter and set up the optimizer.
+
+        Raises:
+            ValueError: a regulariser could have no effect.
+        """
+        self._check_regularisation()
         self.step, self.images_drawn, self.images_scored, self.denoiser_calls = 0, 0, 0, 0
         self.train_seconds = 0.0
         self.best: dict[str, Tensor] | None = None  # what an evaluation found best, kept for a run that is resumed
@@ -142,6 +151,12 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(values[0].device.type, enabled=half)
 
     def train(self) -> None:
+    def _check_regularisation(self) -> None:
+        if self.regularisation.active:
+            name, taken = type(self.estimator).__name__, self.estimator.regularisers
+            if problems := list(self.regularisation.refusals(name, taken, full=isinstance(self.lora, Full))):
+                raise ValueError(" ".join(problems))
+
         """Run to the last step; Ctrl-C ends the run after the step that it falls into."""
         for callback in self.callbacks:
             callback.start(self)
@@ -203,6 +218,7 @@ class Trainer:
             yield from self.estimator.updates(step)
         finally:
             self.adapter.eval()
+            regularise=self.regularise,
 
     def _each_micro_batch(self, work: Callable[[int], Result]) -> list[Result]:
         results, failure = [], None
@@ -210,6 +226,11 @@ class Trainer:
             results = [work(micro_batch) for micro_batch in range(self.accumulation)]
         except ValueError as error:  # told to the other processes, which would wait for what this one has
             failure = str(error)
+    @property
+    def regularise(self) -> Callable[[float], Regulariser] | None:
+        """From the weight of a picture's loss to what regularises a micro-batch; None for nothing."""
+        return partial(Regulariser, self.regularisation, self.adapter.disabled) if self.regularisation.active else None
+
         failures = [message for message in distributed.gather([failure]) if message]
         if failures:
             raise TrainingStopped(f"step {self.step + 1}: {failures[0]}")

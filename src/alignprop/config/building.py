@@ -45,6 +45,7 @@ def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -
 
     from alignprop.adapters import Full, Lora
     from alignprop.prompts import load_prompts
+    from alignprop.regularisation import Regularisation
     from alignprop.trainer import Optimizer, Trainer
 
     if config.training.num_threads is not None:
@@ -66,6 +67,7 @@ def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -
         lora=Full() if config.adapter.kind == "full" else Lora(**config.adapter.model_dump(exclude={"kind"})),
         optimizer=Optimizer(**config.optimizer.model_dump()),
         estimator=load_estimator(config.estimator),
+        regularisation=Regularisation(**config.regularisation.model_dump()),
         callbacks=[*_callbacks(config, folder, prompts, judges), *callbacks],
         **config.training.model_dump(exclude={"num_threads"}),
     )
@@ -312,7 +314,8 @@ def _memory_plan(trainer: Trainer, config: Config) -> Any:
     from alignprop.truncation import Last
 
     device = trainer.pipeline.device
-    sampler = Sampler(trainer.pipeline, {**trainer.call, "num_inference_steps": 2})
+    regulariser = trainer.regularise(0.0) if trainer.regularise is not None else None
+    sampler = Sampler(trainer.pipeline, {**trainer.call, "num_inference_steps": 2}, regulariser=regulariser)
     prompts, seeds = trainer.batch(0)
 
     def run(live_steps: int, mode: Any) -> None:

@@ -31,6 +31,7 @@ def check(config: Config) -> list[str]:
         _sampling,
         _truncation,
         _estimator,
+        _regularisation,
         _rewards,
         _gradient,
         _wrappers,
@@ -124,6 +125,17 @@ def _estimator_arguments(config: Config) -> Iterator[str]:
             f"estimator.checkpointing=auto is for estimators that backpropagate the reward; {settings.name} goes step "
             "by step, and its memory does not grow with their number: use none or block."
         )
+
+
+def _regularisation(config: Config) -> Iterator[str]:
+    settings, name = config.regularisation, config.estimator.name
+    if name not in ESTIMATORS or settings == type(settings)():  # what there is to check takes seconds to import
+        return
+    from alignprop.config.estimators import estimator_class
+    from alignprop.regularisation import Regularisation
+
+    regularisation = Regularisation(**settings.model_dump())
+    yield from regularisation.refusals(name, estimator_class(name).regularisers, full=config.adapter.kind == "full")
 
 
 def _rewards(config: Config) -> Iterator[str]:

@@ -152,6 +152,21 @@ class EstimatorSettings(Section):
     memory_gb: Positive | None = None
 
 
+class RegularisationSettings(Section):
+    """What keeps the model near its base, and the gradient within bounds.
+
+    Attributes:
+        kl: weight of the divergence from the base model along the live denoising steps, taken off the reward.
+        l2: weight of the mean squared difference between its predictions and the tuned model's, taken off the reward.
+        max_step_grad_norm: bound of the norm of the gradient of each picture at the latents of each live denoising
+            step; null for none.
+    """
+
+    kl: Annotated[float, Field(ge=0)] = 0.0
+    l2: Annotated[float, Field(ge=0)] = 0.0
+    max_step_grad_norm: Positive | None = None
+
+
 class JudgeTerm(Section):
     """A reward that is measured and not trained.
 
@@ -342,3 +357,4 @@ class Config(Section):
     checkpoints: CheckpointSettings = CheckpointSettings()
     tracking: Tracking = Tracking()
     run: Run = Run()
+    regularisation: RegularisationSettings = RegularisationSettings()

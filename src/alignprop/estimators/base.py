@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from alignprop.regularisation import Regulariser
 from alignprop.rewards import WeightedSum, check_scores, is_differentiable
 from alignprop.rollout import Rollout, Sampler
 
@@ -42,6 +43,7 @@ class Step:
             process ends the step on all. It may be called several times.
         num_batches: micro-batches of this process.
         weight: what to multiply each picture's loss with: one over the pictures of the step, times the loss scale.
+        regularise: from that weight to what regularises one micro-batch; None for nothing.
     """
 
     sampler: Sampler
@@ -49,6 +51,7 @@ class Step:
     each: Callable[[Callable[[MicroBatch], Any]], list[Any]]
     num_batches: int
     weight: Callable[[], float]
+    regularise: Callable[[float], Regulariser] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,11 @@ class Estimator(Protocol):
 
     Attributes:
         needs_gradient: whether it backpropagates the reward, so that it must be differentiable.
+        regularisers: settings of :class:`~alignprop.regularisation.Regularisation` that it heeds.
     """
 
     needs_gradient: ClassVar[bool]
+    regularisers: ClassVar[tuple[str, ...]]
 
     def updates(self, step: Step) -> Iterator[Sequence[Estimate]]:
         """Add to ``parameter.grad`` of the adapter, and yield whenever the gradient is complete for an update.
@@ -104,10 +109,14 @@ class RewardGradient(ABC):
     """An estimator that backpropagates the reward, once for each micro-batch, for one update a step."""
 
     needs_gradient: ClassVar[bool] = True
+    regularisers: ClassVar[tuple[str, ...]] = ("kl", "l2", "max_step_grad_norm")
 
     @abstractmethod
     def __call__(self, sampler: Sampler, reward: WeightedSum, batch: MicroBatch, weight: float) -> Estimate:
-        """Add the gradient of ``-weight * sum(scores)`` to ``parameter.grad`` of the adapter.
+        """Add the gradient of ``-weight * sum(scores - penalty)`` to ``parameter.grad`` of the adapter.
+
+        There is a penalty where the sampler has a regulariser. What an estimator multiplies a picture's score with, it
+        multiplies its penalty with.
 
         Raises:
             ValueError: the reward is not usable (shape, not finite, no gradient).
@@ -116,7 +125,13 @@ class RewardGradient(ABC):
     def updates(self, step: Step) -> Iterator[Sequence[Estimate]]:
         """One update; see :meth:`Estimator.updates`."""
         require_gradient(step.reward, type(self).__name__)
-        yield step.each(lambda batch: self(step.sampler, step.reward, batch, step.weight()))
+        yield step.each(lambda batch: self._estimate(step, batch))
+
+    def _estimate(self, step: Step, batch: MicroBatch) -> Estimate:
+        weight = step.weight()
+        regulariser = step.regularise(weight) if step.regularise is not None else None
+        estimate = self(replace(step.sampler, regulariser=regulariser), step.reward, batch, weight)
+        return with_facts(estimate, regulariser)
 
     def state(self) -> dict[str, Any]:
         """Nothing: all that is drawn comes from the step's generator."""
@@ -127,14 +142,19 @@ class RewardGradient(ABC):
         del state
 
 
+def with_facts(estimate: Estimate, regulariser: Regulariser | None) -> Estimate:
+    """An estimate that also tells what was regularised."""
+    return estimate if regulariser is None else replace(estimate, facts={**estimate.facts, **regulariser.facts()})
+
+
 def ascend(
     reward: WeightedSum, rollout: Rollout, prompts: Sequence[str], weight: float | Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Score pictures and backpropagate ``-sum(weight * scores)``.
+    """Score pictures and backpropagate ``-sum(weight * (scores - penalty))``.
 
     Args:
         reward: scores pictures.
-        rollout: their pixels, with a graph; without one nothing is backpropagated.
+        rollout: their pixels, with a graph, and their penalty; without a graph nothing is backpropagated.
         prompts: of the B pictures.
         weight: one number, or one for each picture.
 
@@ -144,7 +164,8 @@ def ascend(
     components = scored(reward, rollout.pixels, prompts)
     scores = reward.combine(components)
     if rollout.pixels.requires_grad:
-        (-weight * scores).sum().backward()
+        objective = scores if rollout.penalty is None else scores - rollout.penalty
+        (-weight * objective).sum().backward()
     return scores.detach(), {name: values.detach() for name, values in components.items()}
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from alignprop.denoising import gaussian, log_probability
 from alignprop.estimators.advantages import PromptStatistics
-from alignprop.estimators.base import Estimate, MicroBatch, Step, scored
+from alignprop.estimators.base import Estimate, MicroBatch, Step, scored, with_facts
+from alignprop.regularisation import Prediction, Recorder, Regulariser
 from alignprop.rewards import WeightedSum
 from alignprop.rollout import Sampler
 from alignprop.seams import Checkpointing
@@ -38,6 +39,7 @@ class Experience:
         latents: that each denoising step gave.
         log_probabilities: of those that a step drew, (B,), by step; deterministic steps have none.
         calls: denoiser calls.
+        stand_in: what the denoiser returned last.
     """
 
     batch: MicroBatch
@@ -46,6 +48,7 @@ class Experience:
     latents: Sequence[Tensor]
     log_probabilities: Mapping[int, Tensor]
     calls: int
+    stand_in: Any = None
 
 
 @dataclass
@@ -67,6 +70,7 @@ class DDPO:
     """
 
     needs_gradient: ClassVar[bool] = False
+    regularisers: ClassVar[tuple[str, ...]] = ("kl", "l2")
 
     clip_range: float = 1e-4
     max_advantage: float = 5.0
@@ -113,7 +117,10 @@ class DDPO:
             return None
         weight, experience = step.weight() * self.minibatches, experiences[batch.index]
         first = epoch == part == 0
-        estimate = self.improve(step.sampler, experience, advantages[batch.index], weight, first=first)
+        regulariser = step.regularise(weight) if step.regularise is not None else None
+        estimate = self.improve(
+            step.sampler, experience, advantages[batch.index], weight, first=first, regulariser=regulariser
+        )
         if epoch:
             return estimate
         return replace(estimate, calls=estimate.calls + experience.calls, num_scored=len(experience.scores))
@@ -144,10 +151,18 @@ class DDPO:
                 "model.scheduler_arguments={stochastic_sampling: true}."
             )
         components = scored(reward, rollout.pixels.detach(), batch.prompts)
-        return Experience(batch, components, reward.combine(components), latents, log_probabilities, rollout.calls)
+        scores = reward.combine(components)
+        return Experience(batch, components, scores, latents, log_probabilities, rollout.calls, rollout.stand_in)
 
     def improve(
-        self, sampler: Sampler, experience: Experience, advantages: Tensor, weight: float, *, first: bool
+        self,
+        sampler: Sampler,
+        experience: Experience,
+        advantages: Tensor,
+        weight: float,
+        *,
+        first: bool,
+        regulariser: Regulariser | None = None,
     ) -> Estimate:
         """Go through the same steps again with gradient, and backpropagate the clipped objective of each.
 
@@ -159,17 +174,23 @@ class DDPO:
             advantages: (B,).
             weight: one over the pictures of this update, times the loss scale.
             first: whether nothing has been learned since the pictures were drawn, so that every ratio must be 1.
+            regulariser: adds its penalty of each step; None for none.
         """
-        old, ratios = experience.log_probabilities, []
+        old, ratios, recorder = experience.log_probabilities, [], Recorder()
+        base, calls = self._reference(sampler, experience, regulariser)
 
         def learn(seen: Transition) -> Tensor:
             reached = experience.latents[seen.step]
+            tuned = recorder.step(seen)
             if seen.step in old:
                 now = log_probability(reached, *gaussian(seen))[: len(advantages)]
                 ratio = (now - old[seen.step]).exp()
                 clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
                 gain = advantages.to(ratio)
-                (weight / len(old) * torch.maximum(-gain * ratio, -gain * clipped)).sum().backward()
+                loss = weight / len(old) * torch.maximum(-gain * ratio, -gain * clipped)
+                if regulariser is not None and tuned is not None:
+                    loss = loss + weight * regulariser.penalty(tuned, base[seen.step], len(gain), len(old))
+                loss.sum().backward()
                 ratios.append(ratio.detach())
             if len(ratios) == len(old):
                 raise EnoughError
@@ -181,9 +202,28 @@ class DDPO:
             lambda num_steps: Plan(live=list(old)),
             learn,
             checkpointing=self.checkpointing,
+            on_call=recorder.call,
             **self._noise(sampler),
         )
-        return self._estimate(experience, torch.stack(ratios), trace.calls, first)
+        estimate = self._estimate(experience, torch.stack(ratios), trace.calls + calls, first)
+        return with_facts(estimate, regulariser)
+
+    def _reference(
+        self, sampler: Sampler, experience: Experience, regulariser: Regulariser | None
+    ) -> tuple[dict[int, Prediction], int]:
+        """What the base model would have said of the same latents, and the denoiser calls that this took."""
+        if regulariser is None:
+            return {}, 0
+        steps, batch = experience.log_probabilities, experience.batch
+        return regulariser.reference(
+            sampler,
+            batch.prompts,
+            batch.seeds,
+            steps,
+            experience.latents,
+            experience.stand_in,
+            **self._noise(sampler),
+        )
 
     def _estimate(self, experience: Experience, ratios: Tensor, calls: int, first: bool) -> Estimate:
         off = (ratios - 1).abs()

@@ -62,6 +62,7 @@ class RWR:
     """
 
     needs_gradient: ClassVar[bool] = False
+    regularisers: ClassVar[tuple[str, ...]] = ()
 
     inverse_temperature: float = 1.0
     keep: float | None = None

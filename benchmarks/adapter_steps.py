@@ -20,7 +20,7 @@ from torch import Tensor
 
 import alignprop
 from alignprop.config import Config, load_pipeline, load_terms, read_config
-from alignprop.evaluation import Evaluated
+from alignprop.measures import Evaluated
 from alignprop.pictures import captioned_grid
 from alignprop.pixels import to_pil
 from alignprop.prompts import load_prompts

@@ -16,8 +16,8 @@ from alignprop.adapters import Adapter, Full, Lora
 from alignprop.cli import app
 from alignprop.config import read_config
 from alignprop.drawing import settings_of
-from alignprop.evaluation import evaluate
 from alignprop.export import Update, read_updates, save_kohya
+from alignprop.measures import evaluate
 from alignprop.mixing import (
     Member,
     Mixture,

@@ -20,7 +20,7 @@ import tiny
 from alignprop.cli import app
 from alignprop.config import ConfigError, load_config
 from alignprop.estimators import AlignProp, Step
-from alignprop.evaluation import evaluate
+from alignprop.measures import evaluate
 from alignprop.pixels import from_pil, to_pil
 from alignprop.rewards import REWARDS, OnFrames, PerPrompt, WeightedSum, is_differentiable, load_reward
 from alignprop.rewards.colour import brightness, redness

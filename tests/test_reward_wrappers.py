@@ -736,7 +736,7 @@ def test_a_recipe_trains_a_reward_per_prompt(recipe):
     assert low == high == pytest.approx(base, abs=1e-6)
 
     from alignprop.config import build
-    from alignprop.evaluation import evaluate
+    from alignprop.measures import evaluate
 
     trainer = build(load_config(written), Path("b"))
     rewards = {

@@ -14,7 +14,8 @@ from alignprop import checkpointing
 from alignprop.adapters import Lora
 from alignprop.checkpointing import CheckpointError, Checkpoints, list_checkpoints, load_checkpoint, save_checkpoint
 from alignprop.estimators import AlignProp
-from alignprop.evaluation import Evaluation, diversity, evaluate
+from alignprop.evaluation import Evaluation
+from alignprop.measures import diversity, evaluate
 from alignprop.probe import probe, require
 from alignprop.rollout import Sampler
 from alignprop.runfolder import RunFolder

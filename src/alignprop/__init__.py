@@ -22,7 +22,9 @@ if TYPE_CHECKING:
         LeapAlign,
         ReFL,
     )
-    from alignprop.evaluation import Evaluation, evaluate
+    from alignprop.evaluation import Evaluation
+    from alignprop.guard import Guard
+    from alignprop.measures import evaluate
     from alignprop.probe import probe
     from alignprop.report import write_report
     from alignprop.rewards import REWARDS, Reward, WeightedSum, load_reward
@@ -53,7 +55,9 @@ _HOMES = {
         "RWR",
         "ReFL",
     ),
-    "evaluation": ("Evaluation", "evaluate"),
+    "evaluation": ("Evaluation",),
+    "guard": ("Guard",),
+    "measures": ("evaluate",),
     "probe": ("probe",),
     "report": ("write_report",),
     "rewards": ("REWARDS", "Reward", "WeightedSum", "load_reward"),
@@ -74,6 +78,7 @@ __all__ = [  # noqa: RUF022  # in the order of a first reading
     "Last",
     "Uniform",
     "Gaussian",
+    "Guard",
     "Truncation",
     "AlignProp",
     "AsReleased",

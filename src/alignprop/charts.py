@@ -40,7 +40,7 @@ _BALLAST = r"^.*?(?=<svg)|<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\"| i
 class Curve:
     """Means at some steps, with their standard errors."""
 
-    steps: Sequence[int]
+    steps: Sequence[float]
     mean: Sequence[float]
     sem: Sequence[float]
 
@@ -48,10 +48,35 @@ class Curve:
 def curves_chart(curves: Sequence[Curve], marked_step: int | None) -> Markup:
     """Draw lines with bands of one standard error, the first on top; the page colours them by `--curve-<index>`."""
     figure, axes = _axes(marked_step, height=2.1)
-    for curve, colour in reversed(list(zip(curves, _CURVES, strict=False))):
+    _draw_curves(axes, curves, _CURVES)
+    return _inline(figure)
+
+
+def _draw_curves(axes: Axes, curves: Sequence[Curve], colours: Sequence[str]) -> None:
+    for curve, colour in reversed(list(zip(curves, colours, strict=False))):
         mean, sem = np.array(curve.mean, dtype=float), np.array(curve.sem, dtype=float)
         axes.fill_between(curve.steps, mean - sem, mean + sem, color=colour, alpha=0.16, linewidth=0)
         axes.plot(curve.steps, mean, color=colour, linewidth=1.6, marker="o", markersize=3)
+
+
+def watch_chart(trained: Curve, watched: Sequence[Curve], marked_x: float | None, floor: float | None) -> Markup:
+    """Draw what is trained above what watches it, along one axis; the page colours them by `--curve-<index>`.
+
+    Args:
+        trained: takes the first colour.
+        watched: take the others.
+        marked_x: drawn as a dotted vertical line.
+        floor: value of what is watched that is drawn as a dotted horizontal line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.4, 4.2 if watched else 2.3), layout="constrained")
+    upper, *lower = figure.subplots(2 if watched else 1, 1, sharex=True, squeeze=False)[:, 0]
+    for axes, curves, colours in ((upper, [trained], _CURVES), *((axes, watched, _CURVES[1:]) for axes in lower)):
+        _style(axes, marked_x, whole=all(float(x).is_integer() for x in trained.steps))
+        _draw_curves(axes, curves, colours)
+    if lower and floor is not None:
+        lower[0].axhline(floor, color=_MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
     return _inline(figure)
 
 
@@ -185,18 +210,23 @@ def moving_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _axes(marked_step: int | None, height: float) -> tuple[Figure, Axes]:
     """An empty chart: pale horizontal lines, few ticks, the marked step as a dotted line."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.6, height), layout="constrained")
     axes = figure.add_subplot()
+    _style(axes, marked_step, whole=True)
+    return figure, axes
+
+
+def _style(axes: Axes, marked_x: float | None, *, whole: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.spines[:].set_visible(False)
     axes.grid(axis="y", color=_LINE, linewidth=0.7)
     axes.tick_params(length=0, labelcolor=_MUTED, labelsize=8.5)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    if marked_step is not None:
-        axes.axvline(marked_step, color=_MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
-    return figure, axes
+    if marked_x is not None:
+        axes.axvline(marked_x, color=_MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
 
 
 def _inline(figure: Figure) -> Markup:

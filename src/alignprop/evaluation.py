@@ -6,114 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from alignprop import distributed
+from alignprop.guard import Guard
+from alignprop.measures import Evaluated, evaluate, statistics
 from alignprop.pictures import save_grid
 from alignprop.pixels import to_pil
-from alignprop.rewards import Reward, WeightedSum, check_scores, score, stills
-from alignprop.rollout import Sampler
+from alignprop.rewards import Reward, WeightedSum, stills
 from alignprop.runfolder import RunFolder
 from alignprop.trainer import Callback, Metrics, Trainer
-
-SELECTED_BY = "unseen"
-"""The set of prompts on which the best adapter is chosen, where there is one."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A set of prompts, sampled and scored.
-
-    Attributes:
-        prompts: the N prompts.
-        images: (N, S, 3, H, W) in [0, 1], S pictures of each prompt; or videos, or waveforms, likewise.
-        scores: (N, S) by the reward's name.
-    """
-
-    prompts: Sequence[str]
-    images: Tensor
-    scores: Mapping[str, Tensor]
-
-    def summary(self, weights: Mapping[str, float]) -> dict[str, Any]:
-        """The numbers of a line in ``evaluation.jsonl``.
-
-        Args:
-            weights: of the rewards that are trained; their weighted sum is the line's ``reward``.
-        """
-        trained = sum((weight * self.scores[name] for name, weight in weights.items()), torch.zeros(()))
-        return {
-            "num_prompts": self.images.shape[0],
-            "num_images": self.images.shape[0] * self.images.shape[1],
-            "reward": _statistics(trained),
-            "rewards": {name: _statistics(values) for name, values in self.scores.items()},
-            "diversity": diversity(self.images),
-        }
-
-
-def diversity(images: Tensor) -> float:
-    """Mean distance between two pictures of one prompt: the root mean square of their pixels' difference, in [0, 1].
-
-    Args:
-        images: (N, S, 3, H, W) in [0, 1]; 0 is returned for S = 1.
-    """
-    flat = images.flatten(2).double()
-    distances = torch.cdist(flat, flat) / flat.shape[-1] ** 0.5
-    num_seeds = images.shape[1]
-    pairs = num_seeds * (num_seeds - 1) * images.shape[0]
-    return (distances.sum() / pairs).item() if pairs else 0.0
-
-
-def _statistics(scores: Tensor) -> dict[str, float]:
-    """Mean, deviation over single images, and standard error of the mean over prompts."""
-    by_prompt = scores.double().mean(1)
-    sem = by_prompt.std() / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else torch.zeros(())
-    return {"mean": by_prompt.mean().item(), "std": scores.double().std(correction=0).item(), "sem": float(sem)}
-
-
-@torch.no_grad()
-def evaluate(
-    sampler: Sampler,
-    prompts: Sequence[str],
-    rewards: Mapping[str, Reward],
-    *,
-    images_per_prompt: int = 4,
-    batch_size: int = 16,
-    seed: int = 0,
-) -> Evaluated:
-    """Sample every prompt at fixed seeds with the plain pipeline, and score the pictures.
-
-    The work is shared among the processes, and every process gets all of the result.
-
-    Args:
-        sampler: the pipeline, in the state that is to be judged, and the arguments of its call.
-        prompts: what to draw.
-        rewards: by name.
-        images_per_prompt: pictures of each prompt; their seeds depend on the prompt's place and on ``seed``.
-        batch_size: pictures sampled at a time.
-        seed: the same seed gives the same noise.
-    """
-    jobs = [
-        (prompt, distributed.derive_seed(seed, place, copy))
-        for place, prompt in enumerate(prompts)
-        for copy in range(images_per_prompt)
-    ]
-    process = distributed.process()
-    share = -(-len(jobs) // process.num_processes)
-    mine = jobs[process.process_index * share : (process.process_index + 1) * share]
-    images, scores = [], []
-    for first in range(0, len(mine), batch_size):
-        some_prompts, some_seeds = map(list, zip(*mine[first : first + batch_size], strict=True))
-        pictures = sampler.sample(some_prompts, some_seeds)
-        images.append(pictures.cpu())
-        scores.append({name: _scored(name, reward, pictures, some_prompts) for name, reward in rewards.items()})
-    images, scores = distributed.gather(images), distributed.gather(scores)
-    shape = (len(prompts), images_per_prompt)
-    return Evaluated(
-        prompts=prompts,
-        images=torch.cat(images).unflatten(0, shape),
-        scores={name: torch.cat([part[name] for part in scores]).view(shape) for name in rewards},
-    )
 
 
 def optimised(objective: WeightedSum, scores: Mapping[str, Tensor], first: Mapping[str, Any]) -> Tensor:
@@ -134,13 +36,29 @@ def _is_of(line: Mapping[str, Any], objective: WeightedSum) -> bool:
     return line["trained"] == list(objective.weights) and ("objective" in measured) == objective.is_shaped
 
 
-def _scored(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    scores = score(reward, images, prompts)
-    check_scores(scores, images, name, prompts)
-    return scores.float().cpu()
+def summaries(
+    results: Mapping[str, Evaluated],
+    base: Mapping[str, Evaluated],
+    objective: WeightedSum,
+    first: Mapping[str, Any] | None,
+) -> dict[str, dict[str, Any]]:
+    """What a line of ``evaluation.jsonl`` says of each set of prompts.
+
+    Args:
+        results: by set.
+        base: the same prompts and seeds, drawn by the base model.
+        objective: what is optimised.
+        first: this of the first evaluation; None if these are its results.
+    """
+    sets = {name: result.summary(objective.weights, base[name]) for name, result in results.items()}
+    if objective.is_shaped:
+        for name, result in results.items():
+            units = (first or sets).get(name, sets[name])["rewards"]
+            sets[name]["objective"] = statistics(optimised(objective, result.scores, units))
+    return sets
 
 
-def _draw(result: Evaluated, path: Path) -> None:
+def draw(result: Evaluated, path: Path) -> None:
     """Write the grid of an evaluation, of the middle frames of videos and of nothing for sound."""
     columns = [stills(samples) for samples in result.images]
     pictures = [to_pil(column) for column in columns if column is not None]
@@ -150,7 +68,7 @@ def _draw(result: Evaluated, path: Path) -> None:
 
 @dataclass
 class Evaluation(Callback):
-    """Evaluates at intervals, draws grids, and keeps the adapter with the best trained reward on unseen prompts.
+    """Evaluates at intervals, draws grids, and keeps the best adapter by the guard's criterion on unseen prompts.
 
     Attributes:
         folder: of the run.
@@ -162,6 +80,7 @@ class Evaluation(Callback):
         images_per_prompt: pictures of each prompt.
         batch_size: pictures sampled at a time.
         seed: of the noise, the same at every evaluation.
+        guard: says which adapter is the best, what to warn of, and when to stop.
         metadata: facts for the header of the adapter's file.
     """
 
@@ -174,6 +93,7 @@ class Evaluation(Callback):
     images_per_prompt: int = 4
     batch_size: int = 16
     seed: int = 1234
+    guard: Guard = field(default_factory=Guard)
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def start(self, trainer: Trainer) -> None:
@@ -182,14 +102,16 @@ class Evaluation(Callback):
             self.folder.evaluations.rewind(trainer.step if trainer.step else -1)
         distributed.process().wait_for_everyone()
         lines = self.folder.evaluations.read() if trainer.step else []
-        comparable = [line for line in lines if _is_of(line, trainer.objective)]
-        self._first = comparable[0]["sets"] if comparable else None
-        self._best = max((self._criterion(line) for line in comparable if line["kept"]), default=float("-inf"))
+        self._lines = [line for line in lines if _is_of(line, trainer.objective)]
+        self._best = max((self._value(line) for line in self._lines if line["kept"]), default=float("-inf"))
+        self._base: dict[str, Evaluated] | None = None
         self._evaluated = lines[-1]["step"] if lines else -1
         if trainer.best is not None and distributed.process().is_main_process:
             self._save(
                 trainer, trainer.best, max((line["step"] for line in lines if line["kept"]), default=trainer.step)
             )
+        if self._lines and (reason := self.guard.verdict(self._lines)):
+            trainer.stop(reason)
         self._interval = self._intervals_passed(trainer)
         if not lines:
             self._evaluate(trainer)
@@ -214,53 +136,70 @@ class Evaluation(Callback):
 
     def _evaluate(self, trainer: Trainer) -> None:
         began = time.perf_counter()
-        rewards = {**trainer.objective.rewards, **self.judges}
         with trainer.adapter.weights(trainer.evaluated_weights()):
-            results = {
-                name: evaluate(
-                    trainer.sampler,
-                    prompts,
-                    rewards,
-                    images_per_prompt=self.images_per_prompt,
-                    batch_size=self.batch_size,
-                    seed=self.seed,
-                )
-                for name, prompts in self.prompts.items()
-            }
-        line = {
+            results = self._measure(trainer)
+        line: dict[str, Any] = {
             "step": trainer.step,
             "images_scored": trainer.images_scored,
             "denoiser_calls": trainer.denoiser_calls,
             "train_seconds": trainer.train_seconds,
             "trained": list(trainer.objective.weights),
-            "sets": self._summaries(results, trainer.objective),
+            "sets": summaries(
+                results,
+                self._base_results(trainer, results),
+                trainer.objective,
+                self._lines[0]["sets"] if self._lines else None,
+            ),
         }
-        line["kept"] = self._criterion(line) > self._best
-        self._best = max(self._best, self._criterion(line))
-        self._evaluated = trainer.step
+        self._judge(line)
         if line["kept"]:
             trainer.best = {name: value.detach().clone() for name, value in trainer.evaluated_weights().items()}
         if distributed.process().is_main_process:
             for name, result in results.items():
-                _draw(result, self.folder.samples(trainer.step) / f"{name}.png")
+                draw(result, self.folder.samples(trainer.step) / f"{name}.png")
             if line["kept"]:
                 self._save(trainer, trainer.evaluated_weights(), trainer.step)
             self.folder.evaluations.append({**line, "seconds": time.perf_counter() - began})
+        self._evaluated = trainer.step
+        if line["stopped"]:
+            trainer.stop(line["stopped"])
         distributed.process().wait_for_everyone()
 
-    def _summaries(self, results: Mapping[str, Evaluated], objective: WeightedSum) -> dict[str, dict[str, Any]]:
-        sets = {name: result.summary(objective.weights) for name, result in results.items()}
-        self._first = self._first or sets
-        if objective.is_shaped:
-            for name, result in results.items():
-                first = self._first.get(name, sets[name])["rewards"]
-                sets[name]["objective"] = _statistics(optimised(objective, result.scores, first))
-        return sets
+    def _measure(self, trainer: Trainer) -> dict[str, Evaluated]:
+        rewards = {**trainer.objective.rewards, **self.judges}
+        return {
+            name: evaluate(
+                trainer.sampler,
+                prompts,
+                rewards,
+                images_per_prompt=self.images_per_prompt,
+                batch_size=self.batch_size,
+                seed=self.seed,
+            )
+            for name, prompts in self.prompts.items()
+        }
+
+    def _base_results(self, trainer: Trainer, results: dict[str, Evaluated]) -> dict[str, Evaluated]:
+        """What the base model draws at the same seeds: the first evaluation, drawn again in a run that is resumed."""
+        if self._base is None:
+            if trainer.step:
+                with trainer.adapter.disabled():
+                    results = self._measure(trainer)
+            self._base = {name: result.compact() for name, result in results.items()}
+        return self._base
+
+    def _judge(self, line: dict[str, Any]) -> None:
+        """Add to an evaluation whether its adapter is the best so far, what the guard warns of, and whether to stop."""
+        self._lines.append(line)
+        value = self._value(line)
+        line["kept"] = value > self._best  # the first always is: where all later ones raise alarms, it remains
+        self._best = max(self._best, value)
+        line["alarms"] = [alarm.reason for alarm in self.guard.alarms(self._lines[0], line)]
+        line["stopped"] = self.guard.verdict(self._lines)
+
+    def _value(self, line: Mapping[str, Any]) -> float:
+        return self.guard.value(self._lines[0], line)
 
     def _save(self, trainer: Trainer, values: Mapping[str, Tensor], step: int) -> None:
         with trainer.adapter.weights(values, as_reloaded=False):
             trainer.adapter.save(self.folder.adapter, {**self.metadata, "step": step})
-
-    def _criterion(self, line: Mapping[str, Any]) -> float:
-        chosen = line["sets"].get(SELECTED_BY) or next(iter(line["sets"].values()))
-        return float(chosen.get("objective", chosen["reward"])["mean"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from alignprop.runfolder import RunFolder
@@ -97,7 +98,8 @@ def evaluation_line(line: Mapping[str, Any], first: Mapping[str, Any]) -> str:
         change = f" ({score['mean'] - before[reward]['mean']:+.2g})" if line is not first and reward in before else ""
         parts.append(f"{reward} {score['mean']:.3g}{change}")
     kept = " [green]best so far[/]" if line["kept"] and line is not first else ""
-    return f"[bold]step {line['step']}[/] on {name} prompts: {', '.join(parts)}{kept}"
+    alarms = f"\n    [yellow]warning: {escape(', '.join(line['alarms']))}[/]" if line.get("alarms") else ""
+    return f"[bold]step {line['step']}[/] on {name} prompts: {', '.join(parts)}{kept}{alarms}"
 
 
 def mean(values: list[float]) -> float:

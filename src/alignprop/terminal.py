@@ -115,12 +115,23 @@ def describe(config: Config, trainer: Trainer, folder: Path) -> None:
         "gradient": _gradient(config.estimator),
         "adapter": f"LoRA rank {config.adapter.rank}, {sum(p.numel() for p in trainer.parameters.values()):,} weights",
         "training": _length(trainer),
+        "guard": _guard(config, len(judged)),
         "run": str(folder),
     }
     table = Table(box=None, show_header=False, padding=(0, 1))
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", escape(value))
     console().print(table)
+
+
+def _guard(config: Config, num_judges: int) -> str:
+    """What notices that the reward is being fooled."""
+    if config.guard is None or config.evaluation is None:
+        return "none: the adapter of the highest reward is kept, whatever it cost"
+    if not num_judges:
+        return "watches the pictures' diversity alone: name rewards that are not trained as judges"
+    judges = f"{num_judges} judge{'s' if num_judges > 1 else ''}"
+    return judges if config.guard.window is None else f"{judges}; ends the run if they fall while the reward rises"
 
 
 def _length(trainer: Trainer) -> str:

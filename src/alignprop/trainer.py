@@ -129,6 +129,7 @@ class Trainer:
         self._check_regularisation()
         self.step, self.images_drawn, self.images_scored, self.denoiser_calls = 0, 0, 0, 0
         self.train_seconds = 0.0
+        self.stopped: str | None = None  # why a callback has ended the run before its last step
         self.best: dict[str, Tensor] | None = None  # what an evaluation found best, kept for a run that is resumed
         self.objective = as_weighted_sum(self.reward)
         self.sampler = Sampler(self.pipeline, self.call, self.spec)
@@ -150,13 +151,13 @@ class Trainer:
         half = self.adapter.base_dtype == torch.float16  # whose small gradients would be rounded to zero
         self.scaler = torch.amp.GradScaler(values[0].device.type, enabled=half)
 
-    def train(self) -> None:
     def _check_regularisation(self) -> None:
         if self.regularisation.active:
             name, taken = type(self.estimator).__name__, self.estimator.regularisers
             if problems := list(self.regularisation.refusals(name, taken, full=isinstance(self.lora, Full))):
                 raise ValueError(" ".join(problems))
 
+    def train(self) -> None:
         """Run to the last step; Ctrl-C ends the run after the step that it falls into."""
         for callback in self.callbacks:
             callback.start(self)
@@ -171,11 +172,16 @@ class Trainer:
             if not self.finished:
                 raise KeyboardInterrupt
 
+    def stop(self, reason: str) -> None:
+        """End the run before its last step, on every process alike."""
+        self.stopped = reason
+
     @property
     def finished(self) -> bool:
-        """Whether the steps are done or the budget is spent."""
+        """Whether the steps are done, the budget is spent, or a callback has ended the run."""
         return (
-            self.step >= self.steps
+            self.stopped is not None
+            or self.step >= self.steps
             or (self.max_images is not None and self.images_scored >= self.max_images)
             or (self.max_seconds is not None and self.train_seconds >= self.max_seconds)
         )
@@ -212,13 +218,18 @@ class Trainer:
             each=lambda work: self._each_micro_batch(lambda index: self._on_batch(work, index)),
             num_batches=self.accumulation,
             weight=lambda: self._loss_scale() / self.images_a_step,
+            regularise=self.regularise,
         )
         self.adapter.train()
         try:
             yield from self.estimator.updates(step)
         finally:
             self.adapter.eval()
-            regularise=self.regularise,
+
+    @property
+    def regularise(self) -> Callable[[float], Regulariser] | None:
+        """From the weight of a picture's loss to what regularises a micro-batch; None for nothing."""
+        return partial(Regulariser, self.regularisation, self.adapter.disabled) if self.regularisation.active else None
 
     def _each_micro_batch(self, work: Callable[[int], Result]) -> list[Result]:
         results, failure = [], None
@@ -226,11 +237,6 @@ class Trainer:
             results = [work(micro_batch) for micro_batch in range(self.accumulation)]
         except ValueError as error:  # told to the other processes, which would wait for what this one has
             failure = str(error)
-    @property
-    def regularise(self) -> Callable[[float], Regulariser] | None:
-        """From the weight of a picture's loss to what regularises a micro-batch; None for nothing."""
-        return partial(Regulariser, self.regularisation, self.adapter.disabled) if self.regularisation.active else None
-
         failures = [message for message in distributed.gather([failure]) if message]
         if failures:
             raise TrainingStopped(f"step {self.step + 1}: {failures[0]}")

@@ -86,7 +86,7 @@ def evaluate(
     [bold]alignprop evaluate --adapter runs/mine/adapter --prompts animals --reward emoji-clip --json[/]
     """
     with errors_told():
-        from alignprop.evaluation import evaluate as measure
+        from alignprop.measures import evaluate as measure
 
         adapter = adapter or run
         with loading():

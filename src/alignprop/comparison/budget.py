@@ -33,6 +33,7 @@ class Budget:
         """The settings of a run that spends it, evaluated so many times beside the base model."""
         each = self.amount / evaluations
         return {
+            "guard": None,  # which would end some runs before their budget is spent
             "training.steps": MANY_STEPS,
             f"training.max_{self.unit}": self.amount,
             f"evaluation.every_{self.unit}": math.ceil(each) if self.unit == "images" else each,

@@ -8,6 +8,7 @@ from alignprop.config.building import (
     load_pipeline,
     load_terms,
     probe_trainer,
+    shaped,
 )
 from alignprop.config.errors import ConfigError
 from alignprop.config.estimators import EstimatorDescription, describe_estimators
@@ -37,4 +38,5 @@ __all__ = [
     "recipe_path",
     "recipes",
     "save",
+    "shaped",
 ]

@@ -185,9 +185,13 @@ def load_objective(
     terms: Mapping[str, RewardTerm], device: torch.device | str, prompts: Prompts | None = None
 ) -> WeightedSum:
     """Load the rewards that are trained, with all that their settings put around them; see :func:`load_terms`."""
+    return shaped(terms, load_terms(terms, device, prompts))
+
+
+def shaped(terms: Mapping[str, RewardTerm], rewards: Mapping[str, Reward]) -> WeightedSum:
+    """The sum of loaded rewards, with all that their settings put around them."""
     from alignprop.rewards import WeightedSum
 
-    rewards = load_terms(terms, device, prompts)
     wrapped = {name: _wrapped(name, term, rewards[name]) for name, term in terms.items()}
     return WeightedSum(wrapped, {name: term.weight for name, term in terms.items()})
 
@@ -252,6 +256,7 @@ def _callbacks(config: Config, folder: Path, prompts: Prompts, judges: Mapping[s
     """In an order that matters: a checkpoint must find the evaluation of its step written."""
     from alignprop.checkpointing import Checkpoints
     from alignprop.evaluation import Evaluation
+    from alignprop.guard import NO_GUARD, Guard
     from alignprop.runfolder import RunFolder
     from alignprop.tracking import MetricsFile, Trackers
 
@@ -260,7 +265,8 @@ def _callbacks(config: Config, folder: Path, prompts: Prompts, judges: Mapping[s
     if config.evaluation is not None:
         sets = evaluation_sets(prompts, config.evaluation.num_train_prompts)
         own = config.evaluation.model_dump(exclude={"num_train_prompts"})
-        callbacks.append(Evaluation(files, sets, judges, metadata={"config": settings}, **own))
+        guard = NO_GUARD if config.guard is None else Guard(**config.guard.model_dump())
+        callbacks.append(Evaluation(files, sets, judges, guard=guard, metadata={"config": settings}, **own))
     else:
         callbacks.append(LastAdapter(files.adapter, {"config": settings}))
     callbacks.append(Checkpoints(files, **config.checkpoints.model_dump()))

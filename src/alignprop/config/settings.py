@@ -315,6 +315,16 @@ class EvaluationSettings(Section):
     num_train_prompts: Natural = 8
 
 
+class GuardSettings(Section):
+    """What notices that the reward is being fooled; see :class:`alignprop.guard.Guard`."""
+
+    keep: Literal["guarded", "reward"] = "guarded"
+    max_fall: Positive | None = 1.0
+    min_diversity: Fraction | None = 0.5
+    max_saturated: Fraction | None = 0.2
+    window: Count | None = 3
+
+
 class CheckpointSettings(Section):
     """What resuming needs; see :class:`alignprop.checkpointing.Checkpoints`."""
 
@@ -348,13 +358,14 @@ class Config(Section):
     sampling: Sampling = Sampling()
     adapter: AdapterSettings = AdapterSettings()
     estimator: EstimatorSettings = EstimatorSettings()
+    regularisation: RegularisationSettings = RegularisationSettings()
     rewards: Annotated[dict[str, RewardTerm], BeforeValidator(_rewards)] = {}
     judges: Annotated[dict[str, JudgeTerm], BeforeValidator(_judges)] = {}
     prompts: PromptSettings = PromptSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: Training = Training()
     evaluation: EvaluationSettings | None = EvaluationSettings()
+    guard: GuardSettings | None = GuardSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     tracking: Tracking = Tracking()
     run: Run = Run()
-    regularisation: RegularisationSettings = RegularisationSettings()

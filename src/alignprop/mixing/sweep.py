@@ -14,7 +14,7 @@ from alignprop.config import ConfigError
 from alignprop.runfolder import is_taken, write_atomically
 
 if TYPE_CHECKING:
-    from alignprop.evaluation import Evaluated
+    from alignprop.measures import Evaluated
     from alignprop.mixing.files import StoredAdapter
     from alignprop.rewards import Reward
     from alignprop.rollout import Sampler
@@ -188,7 +188,7 @@ def sweep(
 
 def measured(sampler: Sampler, declaration: Declaration, rewards: Mapping[str, Reward]) -> Evaluated:
     """Draw and score the declared prompts with the pipeline as it is."""
-    from alignprop.evaluation import evaluate
+    from alignprop.measures import evaluate
 
     return evaluate(
         sampler,

@@ -15,8 +15,9 @@ import numpy as np
 
 from alignprop.charts import MAX_CURVES, Curve, curves_chart, scatter_chart
 from alignprop.report.pages import data_uri, page_template, require_pages, versions
-from alignprop.report.records import DIVERSITY, Record, config_of, in_order, is_trained, measures_of, prompt_sets
+from alignprop.report.records import PICTURES, Record, config_of, in_order, is_trained, measures_of, prompt_sets
 from alignprop.report.summary import Summary, summarise
+from alignprop.report.watch import watch_of
 from alignprop.runfolder import RunFolder, write_atomically
 
 MAX_STRIP = 16
@@ -40,6 +41,8 @@ def write_report(run_dir: Path) -> Path:
         evaluations=evaluations,
         measures=measures_of,
         charts=_charts(metrics, evaluations, summary.kept_step),
+        watch=watch_of(evaluations, summary.kept_step, (config.get("guard") or {}).get("max_fall")),
+        guarded=config.get("guard") is not None,
         pairs=_pairs(folder, summary),
         strip=_strip(folder, summary),
         settings=dict(_flatten(config)),
@@ -95,17 +98,16 @@ def _charts(metrics: Sequence[Record], evaluations: Sequence[Record], kept_step:
 
 
 def _evaluation_charts(evaluations: Sequence[Record], kept_step: int | None) -> Iterator[_Panel]:
-    """Every reward and the diversity, a curve for each set of prompts."""
+    """Every reward and measure of the pictures, a curve for each set of prompts."""
     sets = prompt_sets(evaluations)
     for name in measures_of(evaluations[0], sets[0]) if evaluations else ():
-        not_trained = "of the pictures of one prompt" if name == DIVERSITY else "not trained"
-        note = "trained" if is_trained(name, evaluations[0]) else not_trained
+        note = "trained" if is_trained(name, evaluations[0]) else PICTURES.get(name, "not trained")
         curves = [_curve(evaluations, prompts, name) for prompts in sets]
         yield _Panel(name, note, curves_chart(curves, kept_step))
 
 
 def _curve(evaluations: Sequence[Record], prompts: str, name: str) -> Curve:
-    records = [record for record in evaluations if prompts in record["sets"]]
+    records = [record for record in evaluations if prompts in record["sets"] and name in measures_of(record, prompts)]
     scores = [measures_of(record, prompts)[name] for record in records]
     return Curve([r["step"] for r in records], [s["mean"] for s in scores], [s["sem"] for s in scores])
 

@@ -12,7 +12,14 @@ from alignprop.runfolder import RunFolder
 Record = Mapping[str, Any]
 """One line of `metrics.jsonl` or `evaluation.jsonl`."""
 
-DIVERSITY = "diversity"
+PICTURES = {
+    "diversity": "of the pictures of one prompt",
+    "feature_diversity": "the same, of what they show",
+    "distance": "from the base model's pictures",
+    "feature_distance": "the same, of what they show",
+    "saturated": "share of black and white values",
+}
+"""What is measured of the pictures themselves, with a note on each."""
 
 _FIRST_SETS = ("unseen", "train")
 
@@ -53,6 +60,7 @@ def is_trained(reward: str, evaluation: Record) -> bool:
 
 
 def measures_of(evaluation: Record, prompts: str) -> dict[str, Record]:
-    """The scores of a set and its diversity, which comes without an error."""
-    diversity = {"mean": evaluation["sets"][prompts]["diversity"], "sem": 0}
-    return {**scores_of(evaluation, prompts), DIVERSITY: diversity}
+    """The scores of a set, and what was measured of its pictures, which comes without an error."""
+    found = evaluation["sets"][prompts]
+    pictures = {name: {"mean": found[name], "sem": 0} for name in PICTURES if name in found}
+    return {**scores_of(evaluation, prompts), **pictures}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignprop.report.records import Record, config_of, is_trained, prompt_sets, scores_of
+from alignprop.report.watch import guard_notes
 from alignprop.report.wording import number, prompts_in_words, signed
 from alignprop.runfolder import RunFolder
 
@@ -65,6 +66,7 @@ class Summary:
     kept_step: int | None
     compared_step: int | None
     changes: tuple[Change, ...]
+    guard_notes: tuple[str, ...]
 
     @property
     def headline(self) -> str:
@@ -73,9 +75,9 @@ class Summary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A sentence for each reward that is not trained and fell by more than `MAX_FALL`."""
+        """What the guard did, and each reward that is not trained and fell by more than `MAX_FALL`."""
         fallen = [change for change in self.changes if change.fell]
-        return tuple(
+        return self.guard_notes + tuple(
             f"{fall.reward}, not trained, fell on the {prompts_in_words(fall.prompts)}: {_arrow(fall)}{_of_base(fall)}."
             for fall in fallen
         )
@@ -92,12 +94,13 @@ def summarise(run_dir: Path) -> Summary:
     compared = kept if kept and kept is not first else evaluations[-1] if evaluations else None
     changes = _changes(first, compared) if first and compared and compared is not first else ()
     lead, others = _headline(metrics, first, kept, changes)
+    stopped = evaluations and evaluations[-1].get("stopped")
     return Summary(
         name=run_dir.resolve().name,
         lead=lead,
         others=others,
         steps=steps,
-        planned_steps=_planned_steps(config_of(folder).get("training", {}), metrics),
+        planned_steps=steps if stopped else _planned_steps(config_of(folder).get("training", {}), metrics),
         images_scored=metrics[-1]["images_scored"] if metrics else 0,
         seconds=sum(record["seconds"] for record in (*metrics, *evaluations)),
         peak_memory_mb=max((record["peak_memory_mb"] for record in metrics), default=0.0),
@@ -105,6 +108,7 @@ def summarise(run_dir: Path) -> Summary:
         kept_step=kept["step"] if kept else None,
         compared_step=compared["step"] if changes and compared else None,
         changes=changes,
+        guard_notes=guard_notes(evaluations),
     )
 
 

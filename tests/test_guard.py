@@ -1,0 +1,334 @@
+"""The guard: which adapter is kept, what is warned of, when a run is ended; and what it looks at."""
+
+import math
+
+import pytest
+import torch
+
+import tiny
+from alignprop.adapters import Lora
+from alignprop.checkpointing import Checkpoints, list_checkpoints, load_checkpoint
+from alignprop.config import Config, build
+from alignprop.estimators import AlignProp
+from alignprop.evaluation import Evaluation
+from alignprop.guard import NO_GUARD, Guard
+from alignprop.measures import Evaluated, diversity, evaluate, feature_diversity, saturated
+from alignprop.report import summarise
+from alignprop.report.watch import in_deviations, trained_curve, watch_of
+from alignprop.rollout import Sampler
+from alignprop.runfolder import RunFolder
+from alignprop.tracking import MetricsFile
+from alignprop.trainer import Optimizer, Trainer
+from alignprop.truncation import Last
+
+TRAIN = ("a cat", "a dog", "a fox")
+
+
+def score(mean, std=1.0):
+    return {"mean": mean, "std": std, "sem": std / 4}
+
+
+def line(step, reward, judge=5.0, other=0.0, *, sets=("unseen",), **pictures):
+    """An evaluation: two judges of which one varies by 2 between pictures, and one by 0.1."""
+    rewards = {"trained": score(reward), "judge": score(judge, 2.0), "other": score(other, 0.1)}
+    measured = {"reward": score(reward), "rewards": rewards, "num_prompts": 8, "num_images": 32}
+    pictures = {"diversity": 0.4, "feature_diversity": 0.3, "saturated": 0.1} | pictures
+    return {"step": step, "trained": ["trained"], "sets": {name: measured | pictures for name in sets}}
+
+
+def names(guard, first, other):
+    return [alarm.measure for alarm in guard.alarms(first, other)]
+
+
+@pytest.mark.parametrize(
+    ("change", "alarms"),
+    [
+        ({}, []),
+        ({"judge": 3.01}, []),  # a fall of just below one deviation of 2
+        ({"judge": 2.99}, ["judge"]),
+        ({"judge": 9.0}, []),
+        ({"other": -0.11}, ["other"]),  # a deviation of 0.1: the judges' own units count
+        ({"judge": 2.0, "other": -1.0}, ["judge", "other"]),
+        ({"diversity": 0.21}, []),
+        ({"diversity": 0.19}, ["diversity"]),
+        ({"feature_diversity": 0.14}, ["feature_diversity"]),
+        ({"saturated": 0.29}, []),
+        ({"saturated": 0.31}, ["saturated"]),
+        ({"saturated": 0.0}, []),
+    ],
+)
+def test_alarms_begin_at_their_thresholds(change, alarms):
+    guard = Guard(max_fall=1.0, min_diversity=0.5, max_saturated=0.2)
+    assert names(guard, line(0, 1.0), line(1, 9.0, **change)) == alarms
+    assert names(NO_GUARD, line(0, 1.0), line(1, 9.0, **change)) == []
+
+
+def test_what_is_trained_is_no_judge_of_itself():
+    assert names(Guard(max_fall=0.1), line(0, 5.0), line(1, 1.0)) == []
+
+
+def test_unseen_prompts_decide_where_there_are_some():
+    first, fallen = line(0, 1.0, sets=("train", "unseen")), line(1, 2.0, sets=("train", "unseen"))
+    fallen["sets"]["train"] = line(1, 2.0, judge=-9.0)["sets"]["unseen"]
+    assert names(Guard(), first, fallen) == []
+    fallen["sets"]["unseen"] = fallen["sets"].pop("train")
+    assert names(Guard(), first, fallen) == ["judge"]
+
+
+def test_a_judge_that_never_varied_raises_an_alarm_by_any_fall():
+    first, later = line(0, 1.0), line(1, 2.0, other=-1e-6)
+    first["sets"]["unseen"]["rewards"]["other"]["std"] = 0.0
+    assert [alarm.reason for alarm in Guard().alarms(first, later)] == ["other fell (0 → -1e-06)"]
+
+
+def test_the_reason_has_the_numbers():
+    (alarm,) = Guard().alarms(line(0, 1.0), line(1, 2.0, judge=0.0))
+    assert alarm.reason == "judge fell by 2.5 deviations (5 → 0)"
+    (alarm,) = Guard().alarms(line(0, 1.0), line(1, 2.0, diversity=0.1))
+    assert alarm.reason == "diversity fell to 25% of the base's"
+    (alarm,) = Guard().alarms(line(0, 1.0), line(1, 2.0, saturated=0.6))
+    assert alarm.reason == "black and white values rose from 10% to 60%"
+
+
+def test_the_highest_reward_without_alarms_is_worth_most():
+    first = line(0, 1.0)
+    lines = [first, line(1, 3.0), line(2, 8.0, judge=0.0), line(3, 2.0)]
+    guarded = [Guard().value(first, each) for each in lines]
+    assert guarded == [1.0, 3.0, -math.inf, 2.0]
+    assert [Guard(keep="reward").value(first, each) for each in lines] == [1.0, 3.0, 8.0, 2.0]
+
+
+def test_the_objective_counts_where_rewards_are_clamped_or_normalised():
+    first, clamped = line(0, 1.0), line(1, 9.0)
+    clamped["sets"]["unseen"]["objective"] = score(4.0)
+    assert Guard().value(first, clamped) == 4.0
+
+
+LOST = {"judge": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("later", "ends"),
+    [
+        ([(2.0, LOST), (3.0, LOST)], True),
+        ([(2.0, LOST)], False),  # too few
+        ([(2.0, LOST), (3.0, {})], False),  # the judge has recovered
+        ([(2.0, {}), (3.0, LOST)], False),  # not in a row
+        ([(3.0, {}), (2.0, LOST), (2.5, LOST)], False),  # the reward fell as well: there is nothing to be fooled by
+        ([(3.0, {}), (3.5, LOST), (4.0, LOST)], True),
+        ([(2.0, {"diversity": 0.0}), (3.0, {"diversity": 0.0})], False),  # no judge fell
+        ([(2.0, LOST), (3.0, {"other": -1.0})], True),  # one judge or the other
+        ([(2.0, LOST), (0.5, LOST)], False),
+        ([(2.0, {"diversity": 0.0}), (3.0, LOST)], False),  # a judge in one of them alone
+    ],
+)
+@pytest.mark.parametrize("keep", ["guarded", "reward"])
+def test_a_run_ends_when_judges_fall_while_the_reward_rises(later, ends, keep):
+    lines = [line(0, 1.0), *(line(step, reward, **change) for step, (reward, change) in enumerate(later, 1))]
+    verdict = Guard(window=2, keep=keep).verdict(lines)
+    assert (verdict is not None) is ends
+    assert Guard(window=None, keep=keep).verdict(lines) is None
+
+
+def test_the_verdict_says_why():
+    lines = [line(0, 1.0), line(1, 2.0, **LOST), line(2, 3.0, **LOST)]
+    assert Guard(window=2).verdict(lines) == (
+        "the reward rises and judge fell by 2.5 deviations (5 → 0), 2 evaluations in a row"
+    )
+
+
+# What it looks at
+
+
+def test_diversity_of_features_is_the_mean_cosine_distance_within_a_prompt():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(2, 3, 5, generator=generator), dim=-1)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    by_hand = [1 - torch.dot(features[n, i], features[n, j]).item() for n in range(2) for i, j in pairs]
+    assert feature_diversity(features) == pytest.approx(sum(by_hand) / 6, abs=1e-6)
+    assert feature_diversity(features[:, :1]) == 0
+    assert feature_diversity(features[:, :1].expand(2, 4, 5)) == pytest.approx(0, abs=1e-6)
+
+
+def test_diversity_does_not_count_a_picture_against_itself():
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])[None]
+    assert diversity(images) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_saturated_values_are_those_that_a_file_holds_as_black_or_white():
+    values = torch.tensor([0.0, 0.4, 1.0, 254.4, 254.6, 255.0, 128.0, 0.6]) / 255
+    assert saturated(values.view(1, 1, 1, 2, 4)) == pytest.approx(4 / 8)
+
+
+def test_distances_are_measured_picture_by_picture():
+    base = Evaluated(
+        ("a", "b"), torch.zeros(2, 2, 3, 4, 4), {"r": torch.zeros(2, 2)}, torch.eye(2)[None].repeat(2, 1, 1)
+    )
+    moved = base.images.clone()
+    moved[0, 0] = 0.5
+    turned = base.features.clone()
+    turned[1, 1] = -turned[1, 1]
+    found = Evaluated(base.prompts, moved, base.scores, turned).summary({"r": 1.0}, base)
+    assert found["distance"] == pytest.approx(0.5 / 4)
+    assert found["feature_distance"] == pytest.approx(2 / 4)
+    itself = base.summary({"r": 1.0}, base.compact())
+    assert (itself["distance"], itself["feature_distance"]) == (0.0, 0.0)
+
+
+def test_waveforms_have_no_black_and_white():
+    sound = Evaluated(("a",), torch.zeros(1, 2, 1, 16), {"r": torch.zeros(1, 2)})
+    assert "saturated" not in sound.summary({"r": 1.0}, sound)
+
+
+class Embeds:
+    """Embeds a picture by the colours of its mean."""
+
+    def __init__(self, turned=False):
+        self.turned = turned
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+    def features(self, images):
+        features = torch.nn.functional.normalize(images.mean((2, 3)), dim=1)
+        return -features if self.turned else features
+
+
+def test_pictures_are_embedded_by_the_last_reward_that_can():
+    sampler = Sampler(tiny.stable_diffusion(), tiny.CALL)
+    rewards = {"first": Embeds(), "last": Embeds(turned=True), "plain": redness}
+    result = evaluate(sampler, TRAIN, rewards, images_per_prompt=2, batch_size=4)
+    expected = -torch.nn.functional.normalize(result.images.mean((3, 4)), dim=2)
+    assert torch.allclose(result.features, expected, atol=1e-6)
+    assert evaluate(sampler, TRAIN[:1], {"plain": redness}, images_per_prompt=1).features is None
+
+
+# Runs
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def greenness(images, prompts):
+    return images[:, 1].mean((1, 2))
+
+
+def run_with(path, guard, *, steps=8, judges=None):
+    """A run whose reward rises at the cost of the judge: red pictures are not green."""
+    judges = {"green": greenness, "embeds": Embeds()} if judges is None else judges
+    folder = RunFolder(path)
+    evaluation = Evaluation(folder, {"unseen": ("a bee", "an elk")}, judges, every=1, images_per_prompt=2, guard=guard)
+    return Trainer(
+        tiny.stable_diffusion(),
+        redness,
+        TRAIN,
+        call=tiny.CALL,
+        steps=steps,
+        batch_size=2,
+        lora=Lora(),
+        optimizer=Optimizer(learning_rate=3e-2),
+        estimator=AlignProp(Last(2)),
+        callbacks=(evaluation, MetricsFile(folder), Checkpoints(folder, every=1, keep=99)),
+    )
+
+
+def lines_of(path):
+    return RunFolder(path).evaluations.read()
+
+
+def test_a_run_that_fools_its_reward_is_ended_and_keeps_what_was_sound(tmp_path):
+    guard = Guard(max_fall=0.5, min_diversity=None, max_saturated=None, window=2)
+    run = run_with(tmp_path, guard)
+    run.train()
+    lines = lines_of(tmp_path)
+    warned = [each["step"] for each in lines if each["alarms"]]
+    kept = [each["step"] for each in lines if each["kept"]][-1]
+    assert warned and lines[-1]["step"] == run.step < 8
+    assert lines[-1]["stopped"] == run.stopped and "green fell" in run.stopped
+    assert not lines[kept]["alarms"] and kept < warned[0]
+    assert lines[-1]["sets"]["unseen"]["reward"]["mean"] > lines[kept]["sets"]["unseen"]["reward"]["mean"]
+    plain = tiny.stable_diffusion()
+    if kept:
+        plain.load_lora_weights(tmp_path / "adapter")
+    again = evaluate(Sampler(plain, tiny.CALL), ("a bee", "an elk"), {"r": redness}, images_per_prompt=2, seed=1234)
+    assert again.scores["r"].mean().item() == pytest.approx(lines[kept]["sets"]["unseen"]["reward"]["mean"], abs=1e-6)
+    summary = summarise(tmp_path)
+    assert summary.kept_step == kept and summary.steps == summary.planned_steps
+    ended, higher = summary.guard_notes
+    assert ended == f"The guard ended the run after step {run.step}: {run.stopped}."
+    assert higher.startswith(f"The guard keeps {'the base model' if kept == 0 else f'step {kept}'}, and not step")
+
+
+def test_without_a_guard_the_same_run_goes_to_its_end(tmp_path):
+    run = run_with(tmp_path, NO_GUARD)
+    run.train()
+    lines = lines_of(tmp_path)
+    assert run.step == 8 and not any(each["alarms"] for each in lines)
+    assert lines[-1]["kept"] and summarise(tmp_path).guard_notes == ()
+
+
+def test_a_guard_changes_nothing_that_is_trained(tmp_path):
+    """The same adapters up to the step at which it ends the run."""
+    guarded = run_with(tmp_path / "guarded", Guard(max_fall=0.5, window=2))
+    guarded.train()
+    plain = run_with(tmp_path / "plain", NO_GUARD, steps=guarded.step)
+    plain.train()
+    for name, value in guarded.parameters.items():
+        assert torch.equal(value, plain.parameters[name]), name
+
+
+def test_a_run_that_was_ended_stays_ended_unless_the_guard_lets_it_go_on(tmp_path):
+    guard = Guard(max_fall=0.5, min_diversity=None, max_saturated=None, window=2)
+    run = run_with(tmp_path, guard)
+    run.train()
+    again = run_with(tmp_path, guard)
+    load_checkpoint(again, list_checkpoints(tmp_path / "checkpoints")[-1])
+    again.train()
+    assert again.step == run.step and again.stopped == run.stopped
+    free = run_with(tmp_path, Guard(max_fall=None, window=2))
+    load_checkpoint(free, list_checkpoints(tmp_path / "checkpoints")[-1])
+    free.train()
+    assert free.step == 8 and free.stopped is None
+
+
+def test_a_resumed_run_measures_the_distance_from_the_same_base(tmp_path):
+    run_with(tmp_path / "whole", NO_GUARD, steps=4).train()
+    run_with(tmp_path / "parts", NO_GUARD, steps=2).train()
+    rest = run_with(tmp_path / "parts", NO_GUARD, steps=4)
+    load_checkpoint(rest, list_checkpoints(tmp_path / "parts" / "checkpoints")[-1])
+    rest.train()
+    for whole, parts in zip(lines_of(tmp_path / "whole"), lines_of(tmp_path / "parts"), strict=True):
+        for name in ("distance", "feature_distance", "feature_diversity", "saturated"):
+            assert parts["sets"]["unseen"][name] == whole["sets"]["unseen"][name], name
+    assert whole["sets"]["unseen"]["distance"] > 0.01
+
+
+def test_the_watch_shows_what_is_trained_and_its_judges_in_deviations(tmp_path):
+    run_with(tmp_path, Guard(max_fall=0.5, window=2)).train()
+    lines = lines_of(tmp_path)
+    watch = watch_of(lines, 0, 0.5)
+    assert (watch.trained, watch.judges, watch.floor) == ("redness", ("green", "embeds"), -0.5)
+    assert list(watch.warnings) == [each["step"] for each in lines if each["alarms"]]
+    assert watch_of(lines[:1], 0, 0.5) is None
+    assert list(trained_curve(lines).mean) == [each["sets"]["unseen"]["reward"]["mean"] for each in lines]
+    scores = [each["sets"]["unseen"]["rewards"]["green"] for each in lines]
+    curve = in_deviations(lines, "unseen", "green")
+    assert list(curve.mean) == [(each["mean"] - scores[0]["mean"]) / scores[0]["std"] for each in scores]
+    assert list(curve.sem) == [each["sem"] / scores[0]["std"] for each in scores]
+
+
+def test_recipes_have_a_guard_unless_it_is_taken_away(tmp_path):
+    settings = {
+        "rewards": {"emoji-aesthetic": 1.0},
+        "prompts": {"train": "animals"},
+        "sampling": {"num_inference_steps": 2},
+    }
+    for given, expected in (
+        ({}, Guard()),
+        ({"guard": None}, NO_GUARD),
+        ({"guard": {"window": None}}, Guard(window=None)),
+    ):
+        run = build(Config.model_validate(settings | given), tmp_path)
+        (evaluation,) = (each for each in run.callbacks if isinstance(each, Evaluation))
+        assert evaluation.guard == expected

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from rich.markup import escape
 
+from alignprop.cli.strengths import Asked, evaluate_strengths
 from alignprop.drawing import adapted, adapter_folder, base_sampler, measures, pictures, settings_of, write_pictures
 from alignprop.terminal import comparison, console, errors_told, loading, status, tell
 
@@ -77,6 +78,13 @@ def evaluate(
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
     steps: Steps = None,
     guidance: Guidance = None,
+    strengths: Annotated[
+        str | None,
+        typer.Option(metavar="S,S,...", help="Of the adapter: 0 is the base model, 1 the adapter; finds the best."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page of the strengths; else strengths.html in the run.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure rewards, of the base model and with the adapter, at the same seeds.
@@ -84,11 +92,20 @@ def evaluate(
     [bold]alignprop evaluate runs/mine[/]
 
     [bold]alignprop evaluate --adapter runs/mine/adapter --prompts animals --reward emoji-clip --json[/]
+
+    [bold]alignprop evaluate runs/mine --strengths 0.25,0.5,0.75,1,1.25[/]
     """
     with errors_told():
         from alignprop.measures import evaluate as measure
 
         adapter = adapter or run
+        if strengths is not None:
+            if adapter is None:
+                raise typer.BadParameter("--strengths needs a run or --adapter.")
+            asked = Asked(
+                adapter, strengths, model, prompts, reward, images_per_prompt, steps, guidance, output, as_json
+            )
+            return evaluate_strengths(asked)
         with loading():
             sampler, folder = base_sampler(model, adapter, steps, guidance)
             rewards, sets = measures(settings_of(adapter), reward, prompts, sampler.pipeline.device)

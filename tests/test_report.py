@@ -235,6 +235,21 @@ def test_a_fall_of_a_reward_that_is_not_trained_is_seen(run_dir, left, warned):
     assert (warning in Page(write_report(run_dir)).text) is warned
 
 
+@pytest.mark.parametrize(("after", "warned"), [(-0.5 - 0.0299, False), (-0.5 - 0.0301, True)])
+def test_a_judge_of_logarithms_falls_by_more_than_a_deviation(run_dir, after, warned):
+    def logarithm(record):
+        for measured in record["sets"].values():
+            measured["rewards"]["emoji-clip"]["mean"] = after if record["step"] == KEPT else -0.5
+        return record
+
+    rewrite(run_dir / "evaluation.jsonl", logarithm)
+    warnings = summarise(run_dir).warnings
+    assert [warning.split(": ")[0] for warning in warnings] == warned * [
+        "emoji-clip, not trained, fell on the unseen prompts",
+        "emoji-clip, not trained, fell on the training prompts",
+    ]
+
+
 def test_several_trained_rewards_are_summed_up_by_their_weighted_sum(run_dir):
     def both(record):
         record["trained"] = ["emoji-aesthetic", "emoji-clip"]

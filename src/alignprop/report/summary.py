@@ -46,8 +46,13 @@ class Change:
 
     @property
     def fell(self) -> bool:
-        """Whether a reward that is not trained lost more than `MAX_FALL` of the base's score."""
-        return not self.trained and self.gain < -MAX_FALL * abs(self.before["mean"])
+        """Whether a reward that is not trained lost more than `MAX_FALL` of the base's score.
+
+        Of scores below zero, such as logarithms, a share says nothing: there it is more than a standard deviation.
+        """
+        if self.fraction is not None:
+            return not self.trained and self.fraction < 1 - MAX_FALL
+        return not self.trained and self.gain < -self.before["std"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Summary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the guard did, and each reward that is not trained and fell by more than `MAX_FALL`."""
+        """What the guard did, and each reward that is not trained and fell (see :attr:`Change.fell`)."""
         fallen = [change for change in self.changes if change.fell]
         return self.guard_notes + tuple(
             f"{fall.reward}, not trained, fell on the {prompts_in_words(fall.prompts)}: {_arrow(fall)}{_of_base(fall)}."

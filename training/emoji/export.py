@@ -50,7 +50,7 @@ def latest_pipeline() -> StableDiffusionPipeline:
 
 
 def write_head(source: Path, folder: Path) -> None:
-    """Copy the aesthetic head or the style classifier, in half precision."""
+    """Copy the aesthetic head, the style classifier or the namer, in half precision."""
     folder.mkdir(exist_ok=True)
     state = load_file(source / "model.safetensors")
     save_file({name: tensor.half() for name, tensor in state.items()}, folder / "model.safetensors")
@@ -74,6 +74,7 @@ def export() -> None:
     load_tokenizer().save_pretrained(partial / "clip")
     write_head(BUILD / "head", partial / "aesthetic")
     write_head(BUILD / "classifier", partial / "classifier")
+    write_head(BUILD / "names", partial / "names")
     shutil.copytree(CARD, partial, dirs_exist_ok=True)
     forget_paths(partial)
     shutil.rmtree(old, ignore_errors=True)

@@ -15,47 +15,15 @@ from checkpoint import Checkpoint
 from data import BUILD, load_images
 from safetensors.torch import load_file, save_file
 from schedule import warm_up_and_decay
-from torch import Tensor, nn
+from torch import Tensor
+
+from alignprop.emoji.names import Namer
 
 SEED = 97
 BATCH = 48
 LEARNING_RATE = 2e-3
+WIDTHS = (24, 64, 128, 192)
 WEIGHTS = BUILD.parent / "judge.safetensors"
-
-
-class Block(nn.Module):
-    """A residual block that halves the size of the picture."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
-        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.skip = nn.Conv2d(inputs, outputs, 1, bias=False)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(outputs) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, inputs, 2H, 2W) to (B, outputs, H, W)."""
-        hidden = F.relu(self.norms[0](self.first(x)))
-        return F.relu(self.skip(F.avg_pool2d(x, 2)) + self.norms[1](self.second(hidden)))
-
-
-class Judge(nn.Module):
-    """Names the concept of a picture."""
-
-    def __init__(self, num_concepts: int) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 24, 5, stride=2, padding=2)
-        self.blocks = nn.Sequential(Block(24, 64), Block(64, 128), Block(128, 192))
-        self.names = nn.Linear(192, num_concepts)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, 192) of pictures (B, 3, 64, 64) in [0, 1], of unit length."""
-        hidden = self.blocks(F.relu(self.stem(2 * images - 1)))
-        return F.normalize(hidden.mean((2, 3)), dim=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of the concepts."""
-        return 16 * self.names(self.features(images))
 
 
 def strongly_augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -71,12 +39,13 @@ def strongly_augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     return images
 
 
-def train(steps: int) -> Judge:
+def train(steps: int) -> Namer:
     """Train, from the last checkpoint if there is one."""
     torch.manual_seed(SEED)
     images = (load_images() + 1) / 2
-    concepts = torch.from_numpy(np.load(BUILD / "data.npz")["concept"])
-    judge = Judge(int(concepts.max()) + 1).train()
+    data = np.load(BUILD / "data.npz")
+    concepts = torch.from_numpy(data["concept"])
+    judge = Namer(data["names"].tolist(), WIDTHS).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
     schedule = warm_up_and_decay(optimizer, steps, warm_up=100, decay=0.5)
     generator = torch.Generator().manual_seed(SEED)
@@ -96,10 +65,10 @@ def train(steps: int) -> Judge:
     return judge
 
 
-def load_judge() -> Judge:
+def load_judge() -> Namer:
     """The trained judge, in evaluation mode."""
     state = {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}
-    judge = Judge(len(state["names.bias"]))
+    judge = Namer([str(number) for number in range(len(state["names.bias"]))], WIDTHS)
     judge.load_state_dict(state, strict=False)
     return judge.eval().requires_grad_(False)
 

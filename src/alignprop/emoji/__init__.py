@@ -1,4 +1,4 @@
-"""The embedded text-to-image model: a small latent diffusion model of emoji drawings, with its CLIP and two heads.
+"""The embedded text-to-image model, a small latent diffusion model of emoji drawings, with the models of its rewards.
 
 It is a real `StableDiffusionPipeline` of 64 px pictures that ships inside the package, so that every recipe,
 test and example has a model without a download. `weights/README.md` is the model card.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alignprop.emoji.aesthetic import AestheticHead, aesthetic_features, image_features, preprocess
+from alignprop.emoji.names import Namer, label_of
 from alignprop.emoji.style import STYLES, StyleClassifier
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Folder of the model: a `StableDiffusionPipeline` with `clip/`, `aesthetic/` and `classifier/` beside its parts."""
+"""Folder of the model: a `StableDiffusionPipeline` with `clip/`, `aesthetic/`, `classifier/` and `names/` beside its
+parts."""
 
 IMAGE_SIZE = 64
 """Height and width of the model's pictures in pixels."""
@@ -61,6 +63,11 @@ def classifier() -> StyleClassifier:
     return StyleClassifier.from_pretrained(WEIGHTS / "classifier").eval().requires_grad_(False)
 
 
+def names() -> Namer:
+    """Load the namer of drawn things, frozen, in evaluation mode and float32."""
+    return Namer.from_pretrained(WEIGHTS / "names").eval().requires_grad_(False)
+
+
 def prompts(name: str) -> list[str]:
     """Read a list of prompts of the package, one a line.
 
@@ -82,12 +89,15 @@ __all__ = [
     "STYLES",
     "WEIGHTS",
     "AestheticHead",
+    "Namer",
     "StyleClassifier",
     "aesthetic",
     "aesthetic_features",
     "classifier",
     "clip",
     "image_features",
+    "label_of",
+    "names",
     "pipeline",
     "preprocess",
     "prompts",

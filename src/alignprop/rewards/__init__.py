@@ -63,6 +63,12 @@ REWARDS = {
         "log-probability, below 0",
         weights="4.1 M",
     ),
+    "emoji-names": RewardCard(
+        "alignprop.rewards.emoji_names:EmojiNames",
+        "shows what the prompt names, by the embedded namer",
+        "log-probability, below 0",
+        weights="0.4 M",
+    ),
     "laion-aesthetic": RewardCard(
         "alignprop.rewards.laion_aesthetic:LaionAesthetic",
         "rating of the picture, by LAION's aesthetic predictor v2",

@@ -91,6 +91,11 @@ class Clip(nn.Module):
         cosine: Tensor = (embeddings * self.prompts(prompts).to(embeddings)).sum(-1)
         return cosine
 
+    def features(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of unit length, of pictures (B, 3, H, W) in [0, 1], with gradient."""
+        embeddings: Tensor = self.images(images)
+        return embeddings
+
 
 def load_clip(model: str, revision: str | None, processor: str | None = None) -> Clip:
     """Load a CLIP with its tokenizer and preprocessing, in float32, frozen and in evaluation mode.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from alignprop import emoji
 from alignprop.pixels import from_pil, to_pil
@@ -41,6 +41,10 @@ class EmojiClip(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score each image."""
         return cosine_similarity(emoji.image_features(self.clip, images), self._embed(prompts).to(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Embeddings (B, 128) of unit length, of pictures (B, 3, H, W) in [0, 1], with gradient."""
+        return normalize(emoji.image_features(self.clip, images), dim=-1)
 
     def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the CLIP is given, and the same by Pillow."""

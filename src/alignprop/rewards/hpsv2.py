@@ -36,6 +36,10 @@ class HumanPreferenceScore(nn.Module):
         similarity: Tensor = self.clip(images, prompts)
         return similarity
 
+    def features(self, images: Tensor) -> Tensor:
+        """The CLIP's embeddings (B, D) of unit length, of pictures (B, 3, H, W) in [0, 1], with gradient."""
+        return self.clip.features(images)
+
 
 def hpsv2(model: str = MODEL, tokenizer: str = VIT_H_14, revision: str | None = None) -> HumanPreferenceScore:
     """Build the reward of HPS v2.

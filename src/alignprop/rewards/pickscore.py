@@ -37,6 +37,10 @@ class PickScore(nn.Module):
         scores: Tensor = self.clip.logit_scale.exp() * self.clip(images, prompts)
         return scores
 
+    def features(self, images: Tensor) -> Tensor:
+        """The CLIP's embeddings (B, D) of unit length, of pictures (B, 3, H, W) in [0, 1], with gradient."""
+        return self.clip.features(images)
+
     def reference_pixels(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the model is given, and what its own image processor gives it."""
         return compared(self.clip.images.preprocess, images)

@@ -1,4 +1,4 @@
-"""One of several processes: a training step, a checkpoint, and what became of the adapter; run by test_distributed."""
+"""One of several processes: training steps, checkpoints, and what became of the adapter; run by tests of two."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,10 @@ import tiny
 from alignprop import distributed
 from alignprop.checkpointing import Checkpoints, load_checkpoint
 from alignprop.estimators import DDPO, RWR, AlignProp, DraftLV, DRTune, LeapAlign
+from alignprop.regularisation import Regularisation
+from alignprop.rewards import WeightedSum
 from alignprop.runfolder import RunFolder
+from alignprop.surgery import RULES
 from alignprop.truncation import All, Gaussian, Last, Uniform
 
 ESTIMATORS = {
@@ -64,6 +67,31 @@ def main(folder):
     failure_reaches_everyone(rank)
 
 
+def with_surgery(combination, batch_size, **changes):
+    """A trainer whose rewards conflict, and not alike on both halves of its pictures."""
+    rewards = {
+        "red": test_trainer.redness,
+        "green": lambda i, p: i[:, 1].mean((1, 2)),
+        "even": lambda i, p: i.std((1, 2, 3)),
+    }
+    objective = WeightedSum(rewards, {"red": 1.0, "green": 1.0, "even": -3.0})
+    return make("fp64", "last", batch_size, reward=objective, combination=combination, **changes)
+
+
+def surgery(folder):
+    """The gradient of a first step, and the weights after two steps with a penalty."""
+    rank = distributed.process().process_index
+    for combination in RULES:
+        run = with_surgery(combination, 1)
+        descend, values = run.descent(), list(run.parameters.values())
+        next(run._updates(descend))
+        facts = descend.complete(values, torch.Generator().manual_seed(0))
+        found = {"gradient": torch.cat([value.grad.flatten() for value in values]).detach(), "facts": facts}
+        trained = with_surgery(combination, 1, regularisation=Regularisation(l2=1.0))
+        trained.train_step(), trained.train_step()
+        torch.save({**found, "weights": test_trainer.weights(trained)}, folder / f"{combination}-{rank}.pt")
+
+
 def drift_is_noticed(run, rank):
     if rank == 1:
         next(iter(run.parameters.values())).data.add_(1e-3)
@@ -89,5 +117,5 @@ def failure_reaches_everyone(rank):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    {"surgery": surgery}.get(sys.argv[-1], main)(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

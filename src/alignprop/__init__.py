@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from alignprop.evaluation import Evaluation
     from alignprop.guard import Guard
     from alignprop.measures import evaluate
+    from alignprop.optimisation import Optimizer
     from alignprop.probe import probe
+    from alignprop.regularisation import Regularisation
     from alignprop.report import write_report
     from alignprop.rewards import REWARDS, Reward, WeightedSum, load_reward
     from alignprop.rollout import Rollout, Sampler, rollout
     from alignprop.runfolder import RunFolder
     from alignprop.spec import PipelineSpec, spec_of
     from alignprop.tracking import MetricsFile
-    from alignprop.trainer import Callback, Optimizer, Trainer
+    from alignprop.trainer import Callback, Trainer
     from alignprop.truncation import All, Gaussian, Last, Truncation, Uniform
 
 __version__ = "0.1.0"
@@ -58,14 +60,16 @@ _HOMES = {
     "evaluation": ("Evaluation",),
     "guard": ("Guard",),
     "measures": ("evaluate",),
+    "optimisation": ("Optimizer",),
     "probe": ("probe",),
+    "regularisation": ("Regularisation",),
     "report": ("write_report",),
     "rewards": ("REWARDS", "Reward", "WeightedSum", "load_reward"),
     "rollout": ("Rollout", "Sampler", "rollout"),
     "runfolder": ("RunFolder",),
     "spec": ("PipelineSpec", "spec_of"),
     "tracking": ("MetricsFile",),
-    "trainer": ("Callback", "Optimizer", "Trainer"),
+    "trainer": ("Callback", "Trainer"),
     "truncation": ("All", "Gaussian", "Last", "Truncation", "Uniform"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -103,6 +107,7 @@ __all__ = [  # noqa: RUF022  # in the order of a first reading
     "probe",
     "Trainer",
     "Optimizer",
+    "Regularisation",
     "Callback",
     "Evaluation",
     "evaluate",

@@ -10,23 +10,23 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from alignprop import distributed
 from alignprop.adapters import Full, Lora, Trainable
-from alignprop.estimators import AlignProp, Estimate, Estimator, MicroBatch, Step
+from alignprop.estimators import AlignProp, Descent, Estimate, Estimator, MicroBatch, OneBackward, Step
 from alignprop.memory import peak_resident_bytes
+from alignprop.optimisation import Optimisation, Optimizer
 from alignprop.prompts import batch as prompt_batch
 from alignprop.regularisation import Regularisation, Regulariser
 from alignprop.rewards import Reward, as_weighted_sum, check_scores
 from alignprop.rollout import Sampler
 from alignprop.spec import PipelineSpec
+from alignprop.surgery import Surgery, refusals
 
 Metrics = dict[str, Any]
 Result = TypeVar("Result")
-_PROMPTS, _NOISE, _ESTIMATOR, _DROPOUT, _VIEWS = range(5)  # streams of random numbers that come from one seed
+_PROMPTS, _NOISE, _ESTIMATOR, _DROPOUT, _VIEWS, _SURGERY = range(6)  # streams of random numbers that come from one seed
 
 
 class TrainingStopped(RuntimeError):
@@ -47,31 +47,6 @@ class Callback(Protocol):
     def end(self, trainer: "Trainer") -> None:
         """After the last step, or when the run was interrupted between two steps."""
         return None
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """Settings of AdamW and of the step.
-
-    Attributes:
-        learning_rate: highest rate, reached after the warm-up.
-        warmup_steps: optimizer steps over which the rate rises from zero.
-        schedule: a name that ``diffusers.optimization.get_scheduler`` knows.
-        betas: AdamW's.
-        weight_decay: AdamW's.
-        eps: AdamW's.
-        max_grad_norm: bound of the gradient's norm over all parameters.
-        ema_decay: decay of the average of the adapter that is evaluated and saved; None for no average.
-    """
-
-    learning_rate: float = 1e-3
-    warmup_steps: int = 0
-    schedule: str = "constant_with_warmup"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    ema_decay: float | None = None
 
 
 @dataclass
@@ -97,6 +72,8 @@ class Trainer:
         optimizer: the optimizer's settings.
         estimator: turns rollouts into gradients.
         regularisation: what is taken off the reward, and what bounds its gradient.
+        combination: how the gradients of several rewards become one: ``sum``, or a rule of
+            :data:`alignprop.surgery.RULES`.
         max_images: the run ends once so many images have been scored; None for no bound.
         max_seconds: the run ends once its steps have taken so long, evaluations apart; None for no bound.
         callbacks: called in their order.
@@ -115,6 +92,7 @@ class Trainer:
     optimizer: Optimizer = field(default_factory=Optimizer)
     estimator: Estimator = field(default_factory=AlignProp)
     regularisation: Regularisation = field(default_factory=Regularisation)
+    combination: str = "sum"
     max_images: int | None = None
     max_seconds: float | None = None
     callbacks: Sequence[Callback] = ()
@@ -124,38 +102,29 @@ class Trainer:
         """Add the adapter and set up the optimizer.
 
         Raises:
-            ValueError: a regulariser could have no effect.
+            ValueError: a regulariser or the combination could have no effect.
         """
-        self._check_regularisation()
+        self.objective = as_weighted_sum(self.reward)
+        self._refuse_settings_without_effect()
         self.step, self.images_drawn, self.images_scored, self.denoiser_calls = 0, 0, 0, 0
         self.train_seconds = 0.0
         self.stopped: str | None = None  # why a callback has ended the run before its last step
         self.best: dict[str, Tensor] | None = None  # what an evaluation found best, kept for a run that is resumed
-        self.objective = as_weighted_sum(self.reward)
         self.sampler = Sampler(self.pipeline, self.call, self.spec)
         self.adapter: Trainable = self.lora.attach(self.pipeline, spec=self.spec, seed=self.seed)
         self.parameters = self.adapter.parameters
-        settings, values = self.optimizer, list(self.parameters.values())
-        self.adamw = torch.optim.AdamW(
-            values,
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-        )
-        # A pure function of the step, so that a resumed run needs no state of it.
-        self.schedule = get_scheduler(
-            settings.schedule, self.adamw, num_warmup_steps=settings.warmup_steps, num_training_steps=self.steps + 1
-        ).lr_lambdas[0]
-        self.ema = EMAModel(values, decay=settings.ema_decay) if settings.ema_decay is not None else None
         half = self.adapter.base_dtype == torch.float16  # whose small gradients would be rounded to zero
-        self.scaler = torch.amp.GradScaler(values[0].device.type, enabled=half)
+        self.optimisation = Optimisation(self.optimizer, list(self.parameters.values()), self.steps, half=half)
+        self.adamw, self.ema, self.scaler = self.optimisation.adamw, self.optimisation.ema, self.optimisation.scaler
 
-    def _check_regularisation(self) -> None:
+    def _refuse_settings_without_effect(self) -> None:
+        name, estimator = type(self.estimator).__name__, self.estimator
+        problems = list(refusals(self.combination, list(self.objective.weights), name, estimator.needs_gradient))
         if self.regularisation.active:
-            name, taken = type(self.estimator).__name__, self.estimator.regularisers
-            if problems := list(self.regularisation.refusals(name, taken, full=isinstance(self.lora, Full))):
-                raise ValueError(" ".join(problems))
+            full = isinstance(self.lora, Full)
+            problems += self.regularisation.refusals(name, estimator.regularisers, full=full)
+        if problems:
+            raise ValueError(" ".join(problems))
 
     def train(self) -> None:
         """Run to the last step; Ctrl-C ends the run after the step that it falls into."""
@@ -192,15 +161,16 @@ class Trainer:
         if self.objective.needs_statistics:  # those of the step's own pictures, so that it is normalised as well
             self.objective.observe(_gathered(self._each_micro_batch(self._score)))
         self.adamw.zero_grad()  # what a step that failed has left
-        for estimates in self._updates():
-            distributed.sum_gradients(list(self.parameters.values()))
+        descend, stream = self.descent(), distributed.derive_seed(self.seed, _SURGERY, self.step)
+        for estimates in self._updates(descend):
+            facts = descend.complete(list(self.parameters.values()), torch.Generator().manual_seed(stream))
             grad_norm = self._update()
             self._count(estimates)
         self.images_drawn += self.images_a_step
         self.step += 1
         # JSON has no infinity: a step that fp16 overflow made the scaler skip has no norm.
         norm = grad_norm if math.isfinite(grad_norm) else None
-        metrics = {**self._summary(estimates), "grad_norm": norm}
+        metrics = {**self._summary(estimates), **facts, "grad_norm": norm}
         seconds = distributed.gather([time.perf_counter() - began])[0]
         self.train_seconds += seconds
         return {**metrics, "seconds": seconds}
@@ -210,12 +180,19 @@ class Trainer:
         self.images_scored += num_processes * sum(estimate.num_scored for estimate in estimates)
         self.denoiser_calls += num_processes * sum(estimate.calls * len(estimate.scores) for estimate in estimates)
 
-    def _updates(self) -> Iterator[Sequence[Estimate]]:
+    def descent(self) -> Descent:
+        """What backpropagates the rewards of one optimizer step."""
+        if self.combination == "sum":
+            return OneBackward()
+        return Surgery(self.combination, list(self.objective.weights), list(self.parameters.values()))
+
+    def _updates(self, descend: Descent | None = None) -> Iterator[Sequence[Estimate]]:
         """The gradients of the present step, once for each update."""
+        descend = descend or self.descent()
         step = Step(
             self.sampler,
             self.objective,
-            each=lambda work: self._each_micro_batch(lambda index: self._on_batch(work, index)),
+            each=lambda work: self._each_micro_batch(lambda index: self._on_batch(work, index, descend)),
             num_batches=self.accumulation,
             weight=lambda: self._loss_scale() / self.images_a_step,
             regularise=self.regularise,
@@ -252,17 +229,16 @@ class Trainer:
             check_scores(values, pictures, name, prompts)
         return components
 
-    def _on_batch(self, work: Callable[[MicroBatch], Result], index: int) -> Result:
+    def _on_batch(self, work: Callable[[MicroBatch], Result], index: int, descend: Descent) -> Result:
         """Do an estimator's work on a micro-batch, with all that is random set by the step and its place."""
         prompts, seeds = self.batch(index)
         stream = distributed.derive_seed(self.seed, _ESTIMATOR, self.step, index)
         with torch.random.fork_rng(), self.objective.views_of(_view_seeds(seeds)):
             torch.manual_seed(distributed.derive_seed(stream, _DROPOUT, distributed.process().process_index))
-            return work(MicroBatch(index, prompts, seeds, torch.Generator().manual_seed(stream)))
+            return work(MicroBatch(index, prompts, seeds, torch.Generator().manual_seed(stream), descend))
 
     def _loss_scale(self) -> float:
-        device = next(iter(self.parameters.values())).device
-        return float(self.scaler.scale(torch.ones((), device=device)))
+        return self.optimisation.loss_scale
 
     @property
     def images_a_step(self) -> int:
@@ -280,9 +256,7 @@ class Trainer:
 
     def _update(self) -> float:
         """Clip and step; returns the gradient's norm before clipping."""
-        values = list(self.parameters.values())
-        self.scaler.unscale_(self.adamw)
-        norm = float(torch.nn.utils.clip_grad_norm_(values, self.optimizer.max_grad_norm))
+        norm = self.optimisation.clip()
         # In fp16 an overflow is part of the scaler's search, which skips the step, until the scale is down to one.
         if not math.isfinite(norm) and self._loss_scale() <= 1:
             prompts = [prompt for micro_batch in range(self.accumulation) for prompt in self.batch(micro_batch)[0]]
@@ -290,19 +264,8 @@ class Trainer:
                 f"step {self.step + 1}: the gradient of {' + '.join(self.objective.weights)} is not finite; "
                 f"prompts: {sorted(set(prompts))}."
             )
-        for group in self.adamw.param_groups:
-            group["lr"] = self.learning_rate
-        self.scaler.step(self.adamw)
-        self.scaler.update()
-        self.adamw.zero_grad()
-        if self.ema is not None and math.isfinite(norm):
-            self.ema.step(values)
+        self.optimisation.update(self.step, norm)
         return norm
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the present step."""
-        return self.optimizer.learning_rate * float(self.schedule(self.step + 1))
 
     def _summary(self, estimates: Sequence[Estimate]) -> Metrics:
         parts = _gathered([estimate.components for estimate in estimates])
@@ -332,8 +295,7 @@ class Trainer:
 
     def evaluated_weights(self) -> dict[str, Tensor]:
         """What is evaluated and saved: the average if there is one, else the present weights."""
-        values = self.ema.shadow_params if self.ema is not None else list(self.parameters.values())
-        return dict(zip(self.parameters, values, strict=True))
+        return dict(zip(self.parameters, self.optimisation.averages, strict=True))
 
     def state(self) -> dict[str, Any]:
         """Everything that resuming needs: numbers and tensors in nested dictionaries."""
@@ -345,10 +307,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "estimator": self.estimator.state(),
             "adapter": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "optimizer": self.adamw.state_dict()["state"],
-            "average": None if self.ema is None else list(self.ema.shadow_params),
-            "averaged_steps": 0 if self.ema is None else self.ema.optimization_step,
-            "scaler": self.scaler.state_dict(),
+            **self.optimisation.state(),
             "best": self.best,
             "rewards": self.objective.state(),
         }
@@ -364,14 +323,7 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["adapter"][name])
-        self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state["optimizer"]})
-        if self.ema is not None:  # begun anew if the run had none before
-            averages = state["average"] or list(self.parameters.values())
-            for shadow, value in zip(self.ema.shadow_params, averages, strict=True):
-                shadow.copy_(value)
-            self.ema.optimization_step = state["averaged_steps"]
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        self.optimisation.load_state(state)
         self.best = state["best"]
         self.objective.load_state(state.get("rewards", {}))  # which checkpoints of the first versions have not
 

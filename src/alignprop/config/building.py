@@ -44,9 +44,10 @@ def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -
     import torch
 
     from alignprop.adapters import Full, Lora
+    from alignprop.optimisation import Optimizer
     from alignprop.prompts import load_prompts
     from alignprop.regularisation import Regularisation
-    from alignprop.trainer import Optimizer, Trainer
+    from alignprop.trainer import Trainer
 
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
@@ -68,6 +69,7 @@ def build(config: Config, folder: Path, *, callbacks: Sequence[Callback] = ()) -
         optimizer=Optimizer(**config.optimizer.model_dump()),
         estimator=load_estimator(config.estimator),
         regularisation=Regularisation(**config.regularisation.model_dump()),
+        combination=config.combination,
         callbacks=[*_callbacks(config, folder, prompts, judges), *callbacks],
         **config.training.model_dump(exclude={"num_threads"}),
     )
@@ -325,7 +327,7 @@ def _memory_plan(trainer: Trainer, config: Config) -> Any:
     prompts, seeds = trainer.batch(0)
 
     def run(live_steps: int, mode: Any) -> None:
-        batch = MicroBatch(0, prompts, seeds, torch.Generator())
+        batch = MicroBatch(0, prompts, seeds, torch.Generator(), trainer.descent())
         AlignProp(Last(live_steps), mode)(sampler, trainer.objective, batch, weight=0.0)
         trainer.adamw.zero_grad()
 

@@ -32,6 +32,7 @@ def check(config: Config) -> list[str]:
         _truncation,
         _estimator,
         _regularisation,
+        _combination,
         _rewards,
         _gradient,
         _wrappers,
@@ -136,6 +137,16 @@ def _regularisation(config: Config) -> Iterator[str]:
 
     regularisation = Regularisation(**settings.model_dump())
     yield from regularisation.refusals(name, estimator_class(name).regularisers, full=config.adapter.kind == "full")
+
+
+def _combination(config: Config) -> Iterator[str]:
+    name = config.estimator.name
+    if config.combination == "sum" or name not in ESTIMATORS:  # what there is to check takes seconds to import
+        return
+    from alignprop import surgery
+    from alignprop.config.estimators import estimator_class
+
+    yield from surgery.refusals(config.combination, list(config.rewards), name, estimator_class(name).needs_gradient)
 
 
 def _rewards(config: Config) -> Iterator[str]:

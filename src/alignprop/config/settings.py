@@ -263,7 +263,7 @@ class PromptSettings(Section):
 
 
 class OptimizerSettings(Section):
-    """AdamW and the step; see :class:`alignprop.trainer.Optimizer`."""
+    """AdamW and the step; see :class:`alignprop.optimisation.Optimizer`."""
 
     learning_rate: Positive = 1e-3
     warmup_steps: Natural = 0
@@ -351,7 +351,11 @@ class Run(Section):
 
 
 class Config(Section):
-    """Everything that makes a run."""
+    """Everything that makes a run.
+
+    Attributes:
+        combination: how the gradients of several rewards become one; see :mod:`alignprop.surgery`.
+    """
 
     description: str = ""
     model: Model = Model()
@@ -360,6 +364,7 @@ class Config(Section):
     estimator: EstimatorSettings = EstimatorSettings()
     regularisation: RegularisationSettings = RegularisationSettings()
     rewards: Annotated[dict[str, RewardTerm], BeforeValidator(_rewards)] = {}
+    combination: Literal["sum", "pcgrad", "mgda"] = "sum"
     judges: Annotated[dict[str, JudgeTerm], BeforeValidator(_judges)] = {}
     prompts: PromptSettings = PromptSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

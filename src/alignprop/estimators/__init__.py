@@ -2,7 +2,7 @@
 
 from alignprop.estimators.alignprop import AlignProp
 from alignprop.estimators.as_released import AsReleased
-from alignprop.estimators.base import Estimate, Estimator, MicroBatch, RewardGradient, Step
+from alignprop.estimators.base import Descent, Estimate, Estimator, MicroBatch, OneBackward, RewardGradient, Step
 from alignprop.estimators.ddpo import DDPO
 from alignprop.estimators.draft_k import DraftK
 from alignprop.estimators.draft_lv import DraftLV
@@ -18,6 +18,7 @@ __all__ = [
     "AlignProp",
     "AsReleased",
     "DRTune",
+    "Descent",
     "DraftK",
     "DraftLV",
     "Estimate",
@@ -25,6 +26,7 @@ __all__ = [
     "FlowBPSparse",
     "LeapAlign",
     "MicroBatch",
+    "OneBackward",
     "ReFL",
     "RewardGradient",
     "Step",

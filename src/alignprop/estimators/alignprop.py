@@ -33,5 +33,5 @@ class AlignProp(RewardGradient):
             live_steps=lambda num_steps: self.truncation.draw(num_steps, batch.generator),
             checkpointing=self.checkpointing,
         )
-        scores, components = ascend(reward, rollout, batch.prompts, weight)
+        scores, components = ascend(reward, rollout, batch, weight)
         return Estimate(scores, components, rollout.num_steps, rollout.live_steps, rollout.calls, len(scores))

@@ -43,7 +43,7 @@ class AsReleased(RewardGradient):
             plan=lambda num_steps: Plan(live=self.kept(num_steps, batch.generator)),
             checkpointing=self.checkpointing,
         )
-        scores, components = ascend(reward, rollout, batch.prompts, weight)
+        scores, components = ascend(reward, rollout, batch, weight)
         return Estimate(scores, components, rollout.num_steps, rollout.live_steps, rollout.calls, len(scores))
 
     def kept(self, num_steps: int, generator: torch.Generator) -> list[int]:

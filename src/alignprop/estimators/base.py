@@ -6,13 +6,47 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from alignprop import distributed
 from alignprop.regularisation import Regulariser
 from alignprop.rewards import WeightedSum, check_scores, is_differentiable
 from alignprop.rollout import Rollout, Sampler
 
 Result = TypeVar("Result")
+
+
+class Descent(Protocol):
+    """How the rewards of an optimizer step are backpropagated."""
+
+    def __call__(
+        self, reward: WeightedSum, rollout: Rollout, prompts: Sequence[str], weight: float | Tensor
+    ) -> dict[str, Tensor]:
+        """Score pictures and, if they have a graph, backpropagate ``-sum(weight * (scores - penalty))``.
+
+        Returns:
+            The rewards by name, each (B,), detached.
+
+        Raises:
+            ValueError: scores are not usable.
+        """
+        ...
+
+    def num_passes(self, rollout: Rollout) -> int:
+        """How many backward passes go through a rollout."""
+        ...
+
+    def complete(self, parameters: Sequence[nn.Parameter], generator: torch.Generator) -> dict[str, Any]:
+        """Leave the gradient of all processes in ``parameter.grad``.
+
+        Args:
+            parameters: what is trained.
+            generator: the same on every rank.
+
+        Returns:
+            Further numbers for the metrics.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,12 +58,14 @@ class MicroBatch:
         prompts: B prompts.
         seeds: B seeds, one a picture.
         generator: of what an estimator draws for all of them; the same on every rank.
+        descend: backpropagates their rewards, for estimators that need that.
     """
 
     index: int
     prompts: Sequence[str]
     seeds: Sequence[int]
     generator: torch.Generator
+    descend: Descent = field(default_factory=lambda: OneBackward())
 
 
 @dataclass(frozen=True)
@@ -113,7 +149,7 @@ class RewardGradient(ABC):
 
     @abstractmethod
     def __call__(self, sampler: Sampler, reward: WeightedSum, batch: MicroBatch, weight: float) -> Estimate:
-        """Add the gradient of ``-weight * sum(scores - penalty)`` to ``parameter.grad`` of the adapter.
+        """Backpropagate ``-weight * sum(scores - penalty)`` into the adapter, by :func:`ascend`.
 
         There is a penalty where the sampler has a regulariser. What an estimator multiplies a picture's score with, it
         multiplies its penalty with.
@@ -148,25 +184,48 @@ def with_facts(estimate: Estimate, regulariser: Regulariser | None) -> Estimate:
 
 
 def ascend(
-    reward: WeightedSum, rollout: Rollout, prompts: Sequence[str], weight: float | Tensor
+    reward: WeightedSum, rollout: Rollout, batch: MicroBatch, weight: float | Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Score pictures and backpropagate ``-sum(weight * (scores - penalty))``.
+    """Score pictures and backpropagate ``-sum(weight * (scores - penalty))``, as the micro-batch says.
 
     Args:
         reward: scores pictures.
         rollout: their pixels, with a graph, and their penalty; without a graph nothing is backpropagated.
-        prompts: of the B pictures.
+        batch: whose B pictures they are.
         weight: one number, or one for each picture.
 
     Returns:
         Scores (B,) and the rewards that they are made of, by name, all detached.
     """
-    components = scored(reward, rollout.pixels, prompts)
-    scores = reward.combine(components)
-    if rollout.pixels.requires_grad:
-        objective = scores if rollout.penalty is None else scores - rollout.penalty
-        (-weight * objective).sum().backward()
-    return scores.detach(), {name: values.detach() for name, values in components.items()}
+    components = batch.descend(reward, rollout, batch.prompts, weight)
+    return reward.combine(components), components
+
+
+@dataclass(frozen=True)
+class OneBackward:
+    """Adds the rewards up, and backpropagates their sum once."""
+
+    def __call__(
+        self, reward: WeightedSum, rollout: Rollout, prompts: Sequence[str], weight: float | Tensor
+    ) -> dict[str, Tensor]:
+        """Score pictures and backpropagate; see :class:`Descent`."""
+        components = scored(reward, rollout.pixels, prompts)
+        if rollout.pixels.requires_grad:
+            scores = reward.combine(components)
+            objective = scores if rollout.penalty is None else scores - rollout.penalty
+            (-weight * objective).sum().backward()
+        return {name: values.detach() for name, values in components.items()}
+
+    def num_passes(self, rollout: Rollout) -> int:
+        """One, with the penalty in it."""
+        del rollout
+        return 1
+
+    def complete(self, parameters: Sequence[nn.Parameter], generator: torch.Generator) -> dict[str, Any]:
+        """Sum over processes; there is nothing to draw, and nothing to tell."""
+        del generator
+        distributed.sum_gradients(parameters)
+        return {}
 
 
 def scored(reward: WeightedSum, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class DraftLV(RewardGradient):
             on_step=remember,
         )
         share = weight / (self.copies + 1)
-        scores, components = ascend(reward, rollout, batch.prompts, share)
+        scores, components = ascend(reward, rollout, batch, share)
         x_0, calls = last[0], rollout.calls
         for copy in range(self.copies):
             noise = noise_of(x_0, batch.seeds, copy)
@@ -66,7 +66,7 @@ class DraftLV(RewardGradient):
                 on_step=lambda seen, noise=noise: _renoised(seen, x_0, noise),
                 checkpointing=self.checkpointing,
             )
-            ascend(reward, again, batch.prompts, share)
+            ascend(reward, again, batch, share)
             calls += again.calls
         num_scored = len(scores) * (self.copies + 1)
         return Estimate(scores, components, rollout.num_steps, rollout.live_steps, calls, num_scored)

@@ -58,7 +58,7 @@ class DRTune(RewardGradient):
         rollout = sampler.rollout(
             batch.prompts, batch.seeds, plan=plan, on_step=stopped, checkpointing=self.checkpointing
         )
-        scores, components = ascend(reward, rollout, batch.prompts, weight)
+        scores, components = ascend(reward, rollout, batch, weight)
         return Estimate(scores, components, rollout.num_steps, rollout.live_steps, rollout.calls, len(scores))
 
     def draw(self, num_steps: int, generator: torch.Generator) -> Plan:

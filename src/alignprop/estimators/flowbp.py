@@ -57,8 +57,9 @@ class FlowBPSparse(RewardGradient):
         # Checkpointed step by step: forward without a graph, and again when the gradient arrives.
         rollout = sampler.rollout(batch.prompts, batch.seeds, plan=plan, on_step=look, checkpointing="step")
         weight *= self._scale(sigmas[0], selected) if sigmas else 1.0
-        scores, components = ascend(reward, rollout, batch.prompts, weight)
-        calls = rollout.calls + rollout.live_calls - rollout.live_calls // rollout.live_steps
+        scores, components = ascend(reward, rollout, batch, weight)
+        again = rollout.live_calls - rollout.live_calls // rollout.live_steps
+        calls = rollout.calls + again * batch.descend.num_passes(rollout)
         return Estimate(scores, components, rollout.num_steps, rollout.live_steps, calls, len(scores))
 
     def draw(self, num_steps: int, generator: torch.Generator) -> list[int]:

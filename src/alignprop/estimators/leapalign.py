@@ -76,9 +76,7 @@ class LeapAlign(RewardGradient):
             checkpointing=self.checkpointing,
         )
         floors = [distance.clamp(min=self.similarity_floor) for distance in distances]
-        scores, components = ascend(
-            reward, rollout, batch.prompts, weight / torch.stack(floors).sum(0).to(rollout.pixels)
-        )
+        scores, components = ascend(reward, rollout, batch, weight / torch.stack(floors).sum(0).to(rollout.pixels))
         calls = trace.calls + rollout.calls
         return Estimate(scores, components, rollout.num_steps, rollout.live_steps, calls, len(scores))
 

@@ -69,7 +69,7 @@ class ReFL(RewardGradient):
         rollout = sampler.rollout(
             batch.prompts, batch.seeds, plan=plan, on_step=estimate, checkpointing=self.checkpointing
         )
-        scores, components = ascend(reward, rollout, batch.prompts, weight)
+        scores, components = ascend(reward, rollout, batch, weight)
         calls, facts = rollout.calls, {}
         if self.images is not None:
             share = weight * self.pretraining_weight

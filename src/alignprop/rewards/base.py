@@ -105,18 +105,30 @@ class WeightedSum(nn.Module):
 
     def components(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score each reward alone, in its own unit: by name, each of shape (B,)."""
-        return {name: score(reward, images, prompts) for name, reward in self._scored.items()}
+        return {name: self.component(name, images, prompts) for name in self._scored}
+
+    def component(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score one of the rewards, in its own unit: (B,)."""
+        return score(self._scored[name], images, prompts)
 
     def combine(self, components: Mapping[str, Tensor]) -> Tensor:
         """What is optimised, given what `components` returned: clamped, normalised, and added up with the weights."""
-        shaped = self.clamp(components)
-        return self.add_up(
-            {n: self.normalised[n].normalise(s) if n in self.normalised else s for n, s in shaped.items()}
-        )
+        return self.add_up({name: self._shaped(name, components[name]) for name in self.weights})
+
+    def term(self, name: str, scores: Tensor) -> Tensor:
+        """What one of the rewards adds to what is optimised, given its scores (B,)."""
+        return self.weights[name] * self._shaped(name, scores)
 
     def clamp(self, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The components, those that have a target up to it."""
-        return {n: self.clamped[n].clamp(components[n]) if n in self.clamped else components[n] for n in self.weights}
+        return {name: self._clamped(name, components[name]) for name in self.weights}
+
+    def _clamped(self, name: str, scores: Tensor) -> Tensor:
+        return self.clamped[name].clamp(scores) if name in self.clamped else scores
+
+    def _shaped(self, name: str, scores: Tensor) -> Tensor:
+        clamped = self._clamped(name, scores)
+        return self.normalised[name].normalise(clamped) if name in self.normalised else clamped
 
     def add_up(self, components: Mapping[str, Tensor]) -> Tensor:
         """The components added up with the weights."""

@@ -328,9 +328,7 @@ def _model_code(model: Model) -> list[str]:
 def comparison(name: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
     """A table of the rewards on one set of prompts, of the base model and, where there is one, with the adapter."""
     base = results["base"]
-    title = f"{name} prompts: {base['num_prompts']} prompts, {base['num_images']} images (mean ± standard error)"
-    table = Table("reward", *results, *(["change"] if "adapter" in results else []), title=title, box=None)
-    table.title_justify = "left"
+    table = set_table(name, base, "reward", *results, *(["change"] if "adapter" in results else []))
     for reward in base["rewards"]:
         scores = [result["rewards"][reward] for result in results.values()]
         table.add_row(
@@ -338,6 +336,16 @@ def comparison(name: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
         )
     diversities = [result["diversity"] for result in results.values()]
     table.add_row("diversity", *(f"{value:.3g}" for value in diversities), *_change(diversities))
+    return table
+
+
+def set_table(name: str, measured: Mapping[str, Any], *columns: str) -> Table:
+    """An empty table of what was measured on one set of prompts."""
+    title = (
+        f"{name} prompts: {measured['num_prompts']} prompts, {measured['num_images']} images (mean ± standard error)"
+    )
+    table = Table(*columns, title=title, box=None)
+    table.title_justify = "left"
     return table
 
 

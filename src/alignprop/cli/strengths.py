@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from alignprop.drawing import adapted, base_sampler, measures, settings_of
-from alignprop.terminal import console, loading, status, tell
+from alignprop.terminal import console, loading, set_table, status, tell
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from alignprop.config import Config
     from alignprop.guard import Guard
     from alignprop.rewards import Reward, WeightedSum
@@ -76,6 +77,7 @@ def read_strengths(text: str) -> list[float]:
 
 def evaluate_strengths(asked: Asked) -> None:
     """Measure an adapter at every strength, and write the page."""
+    from alignprop.config import Config, guard_of
     from alignprop.mixing.schedule import holds_schedule
 
     strengths = read_strengths(asked.strengths)
@@ -90,7 +92,7 @@ def evaluate_strengths(asked: Asked) -> None:
         sampler = adapted(sampler, folder)
     with tempfile.TemporaryDirectory() as scratch:
         lines = _measured(asked, sampler, sets, rewards, objective, strengths, Path(scratch))
-        guard = _guard(config)
+        guard = guard_of(config or Config())
         best = _judge(lines, guard)
         if asked.as_json:
             typer.echo(json.dumps({"best": best, "strengths": lines}, indent=2))
@@ -108,14 +110,6 @@ def _objective(config: Config | None, rewards: Mapping[str, Reward], named: Sequ
         return shaped(config.rewards, rewards)
     first = next(iter(rewards))
     return WeightedSum({first: rewards[first]}, {first: 1.0})
-
-
-def _guard(config: Config | None) -> Guard:
-    from alignprop.guard import NO_GUARD, Guard
-
-    if config is None:
-        return Guard()
-    return NO_GUARD if config.guard is None else Guard(**config.guard.model_dump())
 
 
 def _measured(
@@ -165,11 +159,7 @@ def _judge(lines: list[dict[str, Any]], guard: Guard) -> float:
 def _table(lines: Sequence[Mapping[str, Any]], best: float) -> Table:
     """The rewards on the first set of prompts by strength."""
     name, measured = next(iter(lines[0]["sets"].items()))
-    title = (
-        f"{name} prompts: {measured['num_prompts']} prompts, {measured['num_images']} images (mean ± standard error)"
-    )
-    table = Table("strength", *measured["rewards"], "diversity", "", title=title, box=None)
-    table.title_justify = "left"
+    table = set_table(name, measured, "strength", *measured["rewards"], "diversity", "")
     for line in lines:
         found = line["sets"][name]
         mark = "[green]best[/]" if line["step"] == best else f"[yellow]{escape(', '.join(line['alarms']))}[/]"

@@ -22,6 +22,7 @@ from alignprop.config.settings import (
 if TYPE_CHECKING:
     import torch
 
+    from alignprop.guard import Guard
     from alignprop.probe import Finding
     from alignprop.prompts import Prompts
     from alignprop.rewards import Reward, WeightedSum
@@ -258,7 +259,6 @@ def _callbacks(config: Config, folder: Path, prompts: Prompts, judges: Mapping[s
     """In an order that matters: a checkpoint must find the evaluation of its step written."""
     from alignprop.checkpointing import Checkpoints
     from alignprop.evaluation import Evaluation
-    from alignprop.guard import NO_GUARD, Guard
     from alignprop.runfolder import RunFolder
     from alignprop.tracking import MetricsFile, Trackers
 
@@ -267,14 +267,20 @@ def _callbacks(config: Config, folder: Path, prompts: Prompts, judges: Mapping[s
     if config.evaluation is not None:
         sets = evaluation_sets(prompts, config.evaluation.num_train_prompts)
         own = config.evaluation.model_dump(exclude={"num_train_prompts"})
-        guard = NO_GUARD if config.guard is None else Guard(**config.guard.model_dump())
-        callbacks.append(Evaluation(files, sets, judges, guard=guard, metadata={"config": settings}, **own))
+        callbacks.append(Evaluation(files, sets, judges, guard=guard_of(config), metadata={"config": settings}, **own))
     else:
         callbacks.append(LastAdapter(files.adapter, {"config": settings}))
     callbacks.append(Checkpoints(files, **config.checkpoints.model_dump()))
     if config.tracking.trackers:
         callbacks.append(Trackers(config.tracking.trackers, config.tracking.project, files, settings))
     return callbacks
+
+
+def guard_of(config: Config) -> Guard:
+    """The guard that a configuration asks for; one that never warns if it asks for none."""
+    from alignprop.guard import NO_GUARD, Guard
+
+    return NO_GUARD if config.guard is None else Guard(**config.guard.model_dump())
 
 
 @dataclass(frozen=True)

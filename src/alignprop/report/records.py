@@ -29,6 +29,11 @@ def config_of(folder: RunFolder) -> dict[str, Any]:
     return dict(yaml.safe_load(folder.config.read_text(encoding="utf-8")) if folder.config.exists() else {})
 
 
+def kept_of(evaluations: Sequence[Record]) -> Record | None:
+    """The evaluation whose adapter is kept."""
+    return next((record for record in reversed(evaluations) if record["kept"]), None)
+
+
 def prompt_sets(evaluations: Sequence[Record]) -> list[str]:
     """The names of the sets of prompts, in the order of a page."""
     return in_order(prompts for record in evaluations for prompts in record["sets"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignprop.report.records import Record, config_of, is_trained, prompt_sets, scores_of
+from alignprop.report.records import Record, config_of, is_trained, kept_of, prompt_sets, scores_of
 from alignprop.report.watch import guard_notes
 from alignprop.report.wording import number, prompts_in_words, signed
 from alignprop.runfolder import RunFolder
@@ -94,7 +94,7 @@ def summarise(run_dir: Path) -> Summary:
     metrics, evaluations = folder.metrics.read(), folder.evaluations.read()
     steps = metrics[-1]["step"] if metrics else 0
     first = evaluations[0] if evaluations else None
-    kept = next((record for record in reversed(evaluations) if record["kept"]), None)
+    kept = kept_of(evaluations)
     # Where nothing beat the base model, the latest evaluation is what there is to compare it with.
     compared = kept if kept and kept is not first else evaluations[-1] if evaluations else None
     changes = _changes(first, compared) if first and compared and compared is not first else ()

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from alignprop.charts import MAX_CURVES, Curve, watch_chart
 from alignprop.guard import measured, objective
-from alignprop.report.records import Record, is_trained, prompt_sets, scores_of
+from alignprop.report.records import Record, is_trained, kept_of, prompt_sets, scores_of
 from alignprop.report.wording import number
 
 
@@ -85,8 +85,8 @@ def guard_notes(evaluations: Sequence[Record]) -> tuple[str, ...]:
 
 
 def _notes(evaluations: Sequence[Record]) -> Iterator[str]:
-    kept = next((line for line in reversed(evaluations) if line["kept"]), None)
-    if not evaluations or kept is None:
+    kept = kept_of(evaluations)
+    if kept is None:
         return
     if reason := evaluations[-1].get("stopped"):
         yield f"The guard ended the run after step {evaluations[-1]['step']}: {reason}."

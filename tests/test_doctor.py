@@ -15,7 +15,9 @@ from alignprop.cli import app
 from alignprop.pixels import from_pil, to_pil
 from alignprop.rewards import REWARDS, arguments_of, explanation_of, load_reward
 from alignprop.rewards.colour import brightness, redness
-from alignprop.rewards.doctor import COMPANY_BOUND, COMPANY_GRADIENT_BOUND, HALF_BOUND, HALF_COSINE, examine
+from alignprop.rewards.doctor import examine
+from alignprop.rewards.doctor.gradients import HALF_BOUND, HALF_COSINE
+from alignprop.rewards.doctor.scores import COMPANY_BOUND, COMPANY_GRADIENT_BOUND
 from alignprop.rewards.preprocessing import Preprocessing, compared
 from alignprop.rewards.specimens import drawn_specimens, folder_specimens
 from alignprop.trainer import Trainer

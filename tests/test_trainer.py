@@ -369,6 +369,20 @@ def test_an_average_may_be_begun_when_a_run_is_resumed(tmp_path):
         assert torch.equal(value, without.parameters[name])
 
 
+def test_the_last_checkpoint_holds_what_the_last_evaluation_found_best(tmp_path):
+    """Saved in the last step, before the evaluation at the end of the run has looked at it."""
+    fast = Optimizer(learning_rate=3e-2)
+    folder = RunFolder(tmp_path)
+    evaluation = Evaluation(folder, {"train": TRAIN[:2]}, every=2, images_per_prompt=2)
+    run = trainer(steps=9, optimizer=fast, callbacks=[evaluation, Checkpoints(folder, every=3)])
+    run.train()
+    assert folder.evaluations.read()[-1]["kept"] and folder.evaluations.read()[-1]["step"] == 9
+    again = trainer(steps=9)
+    load_checkpoint(again, list_checkpoints(folder.checkpoints)[-1])
+    assert run.best.keys() == again.best.keys()
+    assert all(torch.equal(value, again.best[name]) for name, value in run.best.items())
+
+
 def test_a_resumed_run_keeps_the_best_adapter_of_its_own_past(tmp_path):
     """Not the one that a part of the run, which was thrown away, had found."""
     folder = RunFolder(tmp_path)

@@ -41,7 +41,7 @@ class Checkpoints(Callback):
 
     def start(self, trainer: Trainer) -> None:
         """Remember where the run stands, so that an unchanged state is not written again."""
-        self._saved = trainer.step
+        self._saved, self._best = trainer.step, trainer.best
 
     def step(self, trainer: Trainer, metrics: Metrics) -> None:
         """Save when it is time."""
@@ -49,8 +49,8 @@ class Checkpoints(Callback):
             self._save(trainer)
 
     def end(self, trainer: Trainer) -> None:
-        """Save the last state."""
-        if trainer.step != self._saved:
+        """Save the last state, and again where the last evaluation has found it better than all before."""
+        if trainer.step != self._saved or trainer.best is not self._best:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
@@ -59,7 +59,7 @@ class Checkpoints(Callback):
             save_checkpoint(trainer, self.folder.checkpoints)
             for stale in list_checkpoints(self.folder.checkpoints)[: -self.keep]:
                 shutil.rmtree(stale)
-        self._saved = trainer.step
+        self._saved, self._best = trainer.step, trainer.best
         distributed.process().wait_for_everyone()
 
 

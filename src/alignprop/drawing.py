@@ -136,7 +136,8 @@ def measures(
 
     terms: Mapping[str, JudgeTerm] = {name: JudgeTerm() for name in names}
     if config is not None and not names:
-        terms = {**config.judges, **config.rewards}
+        judges = {name: term for name, term in config.judges.items() if name not in config.rewards}
+        terms = {**config.rewards, **judges}  # as in training: the last one that embeds pictures tells their diversity
     if not terms:
         raise ValueError("--reward is missing: give one or more; `alignprop rewards` lists them.")
     if source is not None:

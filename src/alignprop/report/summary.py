@@ -141,6 +141,9 @@ def _changes(first: Record, compared: Record) -> tuple[Change, ...]:
     )
 
 
+_NONE_BETTER = "No evaluation beat the first one; the latest: "
+
+
 def _headline(
     metrics: Sequence[Record], first: Record | None, kept: Record | None, changes: Sequence[Change]
 ) -> tuple[str, tuple[str, ...]]:
@@ -154,7 +157,10 @@ def _headline(
         on = f"{first['sets'][prompts]['num_prompts']} {prompts_in_words(prompts)}"
         return f"One evaluation so far, at step {first['step']}: {name} on {on}: {number(score['mean'])}", ()
     lead, *others = (change for change in changes if change.prompts == changes[0].prompts)
-    start = "No evaluation beat the first one; the latest: " if kept is first else ""
+    start = ""
+    if kept is first:  # what rose and was not kept, the guard has barred
+        barred = lead.after["mean"] > lead.before["mean"]
+        start = "The guard kept the base model; the latest, not kept: " if barred else _NONE_BETTER
     where = f"{lead.num_prompts} {prompts_in_words(lead.prompts)}"
     sentence = f"{start}{lead.reward} on {where}: {_arrow(lead)}{_in_deviations(lead)}"
     return sentence, tuple(f"{other.reward} {_arrow(other)}{_of_base(other)}" for other in others if not other.trained)

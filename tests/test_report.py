@@ -266,19 +266,18 @@ def test_a_run_that_never_beat_its_base_says_so(run_dir):
     rewrite(run_dir / "evaluation.jsonl", lambda record: {**record, "kept": record["step"] == 0})
     summary = summarise(run_dir)
     assert summary.lead.startswith(
-        "The guard kept the base model; the latest, not kept: emoji-aesthetic on 8 unseen prompts: 4.83 → 7.70"
+        "No evaluation beat the first one; the latest: emoji-aesthetic on 8 unseen prompts: 4.83 → 7.70"
     )
     assert (summary.kept_step, summary.compared_step) == (0, 80)
 
-    def fallen(record):
-        if record["step"]:
-            record["sets"]["unseen"]["reward"]["mean"] = 1.0
-            record["sets"]["unseen"]["rewards"]["emoji-aesthetic"]["mean"] = 1.0
-        return record
 
-    rewrite(run_dir / "evaluation.jsonl", fallen)
+def test_a_run_of_which_the_guard_kept_the_base_says_so(run_dir):
+    def barred(record):
+        return {**record, "kept": record["step"] == 0, "alarms": ["emoji-clip fell"] if record["step"] else []}
+
+    rewrite(run_dir / "evaluation.jsonl", barred)
     assert summarise(run_dir).lead.startswith(
-        "No evaluation beat the first one; the latest: emoji-aesthetic on 8 unseen prompts: 4.83 → 1.00"
+        "The guard kept the base model; the latest: emoji-aesthetic on 8 unseen prompts: 4.83 → 7.70"
     )
 
 

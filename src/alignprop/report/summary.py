@@ -98,7 +98,7 @@ def summarise(run_dir: Path) -> Summary:
     # Where nothing beat the base model, the latest evaluation is what there is to compare it with.
     compared = kept if kept and kept is not first else evaluations[-1] if evaluations else None
     changes = _changes(first, compared) if first and compared and compared is not first else ()
-    lead, others = _headline(metrics, first, kept, changes)
+    lead, others = _headline(metrics, first, kept, compared, changes)
     stopped = evaluations and evaluations[-1].get("stopped")
     return Summary(
         name=run_dir.resolve().name,
@@ -141,11 +141,12 @@ def _changes(first: Record, compared: Record) -> tuple[Change, ...]:
     )
 
 
-_NONE_BETTER = "No evaluation beat the first one; the latest: "
-
-
 def _headline(
-    metrics: Sequence[Record], first: Record | None, kept: Record | None, changes: Sequence[Change]
+    metrics: Sequence[Record],
+    first: Record | None,
+    kept: Record | None,
+    compared: Record | None,
+    changes: Sequence[Change],
 ) -> tuple[str, tuple[str, ...]]:
     """What became of the trained reward, and of the others, on the first set of prompts."""
     if first is None:
@@ -158,9 +159,13 @@ def _headline(
         return f"One evaluation so far, at step {first['step']}: {name} on {on}: {number(score['mean'])}", ()
     lead, *others = (change for change in changes if change.prompts == changes[0].prompts)
     start = ""
-    if kept is first:  # what rose and was not kept, the guard has barred
-        barred = lead.after["mean"] > lead.before["mean"]
-        start = "The guard kept the base model; the latest, not kept: " if barred else _NONE_BETTER
+    if kept is first:
+        why = (
+            "The guard kept the base model"
+            if compared and compared.get("alarms")
+            else "No evaluation beat the first one"
+        )
+        start = f"{why}; the latest: "
     where = f"{lead.num_prompts} {prompts_in_words(lead.prompts)}"
     sentence = f"{start}{lead.reward} on {where}: {_arrow(lead)}{_in_deviations(lead)}"
     return sentence, tuple(f"{other.reward} {_arrow(other)}{_of_base(other)}" for other in others if not other.trained)

@@ -64,6 +64,25 @@ def without_timings(lines):
     ]
 
 
+def metrics_of_resumed(tmp_path, run):
+    """The metrics of a whole run, after a check that one that is resumed after two steps has the same, and the weights.
+
+    `run` makes a trainer, with its callbacks, for a folder.
+    """
+    whole, first = run(tmp_path / "whole"), run(tmp_path / "parts")
+    whole.train()
+    first.steps = 2
+    first.train()
+    second = run(tmp_path / "parts")
+    load_checkpoint(second, list_checkpoints(RunFolder(tmp_path / "parts").checkpoints)[-1])
+    second.train()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, second.parameters[name]), name
+    lines = [without_timings(RunFolder(tmp_path / name).metrics.read()) for name in ("whole", "parts")]
+    assert lines[0] == lines[1]
+    return lines[0]
+
+
 def test_the_reward_rises_on_prompts_that_were_not_trained(tmp_path):
     fast = Optimizer(learning_rate=3e-2)
     run = trainer(steps=12, dropout=0.0, call=tiny.CALL, optimizer=fast, callbacks=callbacks(tmp_path))

@@ -5,14 +5,12 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import scipy.stats
 import yaml
@@ -21,9 +19,9 @@ from typer.testing import CliRunner
 from alignprop import emoji
 from alignprop.charts import Band, bands_chart
 from alignprop.cli import app
-from alignprop.comparison import claims, outcome, page, running
+from alignprop.comparison import outcome, page, running
 from alignprop.comparison.budget import Budget, read_budget
-from alignprop.comparison.claims import claimed, holder
+from alignprop.comparison.claims import claimed
 from alignprop.comparison.declaration import Declaration, declare, read_declaration
 from alignprop.comparison.methods import Search
 from alignprop.comparison.page import write_page
@@ -40,8 +38,8 @@ from alignprop.comparison.statistics import (
 )
 from alignprop.config import ConfigError
 from alignprop.probe import Finding
-from alignprop.report import summarise
-from alignprop.runfolder import RunFolder
+from alignprop.report import lower_bound, summarise
+from alignprop.runfolder import RunFolder, write_atomically
 from alignprop.trainer import TrainingStopped
 
 needs_emoji = pytest.mark.skipif(
@@ -107,17 +105,17 @@ def declared(folder, methods=("fast", "slow"), seeds=2, search=None, **changes):
     return declare(folder, asked)
 
 
-def line(images, unseen, train=None, seconds=None):
+def line(images, unseen, train=None, seconds=None, trained=("glow",), judges=("blur",)):
     def one(value):
         statistics = {"mean": value, "std": 0.1, "sem": 0.1}
-        return {"reward": statistics, "rewards": {"glow": statistics, "blur": statistics}, "diversity": 0.5}
+        return {"reward": statistics, "rewards": dict.fromkeys((*trained, *judges), statistics), "diversity": 0.5}
 
     return {
         "step": images,
         "images_scored": images,
         "denoiser_calls": 3 * images,
         "train_seconds": images / 2 if seconds is None else seconds,
-        "trained": ["glow"],
+        "trained": list(trained),
         "sets": {"unseen": one(unseen), "train": one(unseen if train is None else train)},
         "kept": True,
     }
@@ -159,6 +157,7 @@ def test_what_it_costs_to_reach_a_value(tmp_path):
     assert outcome.headline(found) == (
         "fast reached glow 3.00 on unseen prompts with 37.5 images; slow more than 2.4 times as many"
     )
+    assert "more than 91.6<" in write_page(tmp_path, {**found, "versions": {}}).read_text()  # 91.67 would be too much
 
 
 def test_ratio_of_two_that_reach_it_is_exact_and_of_none_is_told_by_seeds(tmp_path):
@@ -173,6 +172,25 @@ def test_ratio_of_two_that_reach_it_is_exact_and_of_none_is_told_by_seeds(tmp_pa
     nobody = results(replace(declaration, reach=9.0), tmp_path)
     assert outcome.headline(nobody).endswith("with every seed: fast with 0 of 2 seeds, slow with 0 of 2 seeds")
     assert nobody["reach"]["ratios"] == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "told"),
+    [(11.98, 2, "11"), (592.57, 3, "592"), (5120, 3, "5,120"), (2.4444, 2, "2.4"), (9.999, 2, "9.9"), (0, 3, "0.00"),
+     (3.1, 2, "3.1"), (0.0298, 2, "0.029"), (1.15, 3, "1.15")],
+)  # fmt: skip
+def test_a_lower_bound_is_never_rounded_up(value, digits, told):
+    assert lower_bound(value, digits) == f"more than {told}"
+
+
+def test_a_seed_that_failed_before_its_first_evaluation_counts_among_those_that_have_not_reached_it(tmp_path):
+    declaration = declared(tmp_path, methods=("fast",))
+    write_run(tmp_path / "runs/fast/seed-0", line(0, 1), line(50, 3), line(100, 5))
+    (tmp_path / "runs/fast/seed-1").mkdir()
+    (tmp_path / "runs/fast/seed-1/failure.json").write_text('{"reason": "no memory"}')
+    cost = results(declaration, tmp_path)["reach"]["methods"]["fast"]
+    assert (cost["reached"], cost["of"], cost["images"]["interval"]) == (1, 2, None)
+    assert cost["images"]["at_least"] == 50
 
 
 def test_no_gain_is_told(tmp_path):
@@ -228,7 +246,10 @@ def test_a_failed_seed_is_left_out_of_means_and_has_not_reached_the_value(tmp_pa
     assert found["methods"]["fast"]["final"]["unseen"]["reward"]["n"] == 1
     assert (found["reach"]["methods"]["fast"]["reached"], found["reach"]["methods"]["fast"]["of"]) == (1, 2)
     text = write_page(tmp_path, {**found, "versions": {}}).read_text()
-    assert "fast failed with seed 1, which its means leave out: step 51: &lt;b&gt;not finite&lt;/b&gt;" in text
+    told = (
+        "which its means leave out (to try it again, delete runs/fast/seed-1): step 51: &lt;b&gt;not finite&lt;/b&gt;"
+    )
+    assert f"fast failed with seed 1, {told}" in text
 
 
 SEARCH = Search(Budget("images", 40), 100, {name: ({"optimizer.learning_rate": 1e-3}, {}) for name in ("fast", "slow")})
@@ -242,6 +263,16 @@ def test_a_search_is_won_on_the_training_prompts(tmp_path):
     choice = choose_settings(declaration, tmp_path, "fast")
     assert (choice.winner, choice.settings) == (0, {"optimizer.learning_rate": 1e-3})
     assert [trial["reward"] for trial in choice.trials] == [4, 3]
+
+
+def test_trials_with_rewards_of_their_own_are_judged_by_the_recipes(tmp_path):
+    declaration = replace(declared(tmp_path, search=SEARCH), rewards={"blur": 1.0})
+    for trial, (trained, blur) in enumerate([(9.0, 1.0), (2.0, 5.0)]):
+        last = line(40, 1, train=trained)
+        last["sets"]["train"]["rewards"]["blur"] = {"mean": blur}
+        write_run(tmp_path / f"search/fast/trial-{trial}", line(0, 1), last)
+    choice = choose_settings(declaration, tmp_path, "fast")
+    assert (choice.winner, [trial["reward"] for trial in choice.trials]) == (1, [1.0, 5.0])
 
 
 def test_a_trial_that_fails_is_lost(tmp_path):
@@ -302,79 +333,84 @@ def test_budgets():
 
 
 @pytest.fixture
-def other():
-    """A process that does nothing for a while."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield process
-    process.kill()
-    process.wait()
+def claiming():
+    """Starts a process that holds a claim until it is killed."""
+    processes = []
 
+    def start(lock):
+        code = (
+            "import pathlib, sys, time\nfrom alignprop.comparison.claims import claimed\n"
+            "with claimed(pathlib.Path(sys.argv[1])) as mine:\n    print(mine, flush=True); time.sleep(60)\n"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout.readline() == "True\n"
+        return process
 
-def claim_of(process, **changes):
-    started = psutil.Process(process.pid).create_time()
-    return json.dumps({"pid": process.pid, "host": socket.gethostname(), "started": started, **changes})
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def test_a_claim_is_held_once_and_given_back(tmp_path):
-    lock = tmp_path / "runs" / "seed-0.lock"
-    with claimed(lock) as mine:
-        assert mine
-        assert holder(lock) == f"process {os.getpid()} on {socket.gethostname()}"
-        with claimed(lock) as second:
-            assert not second
-        assert lock.exists()
-    assert os.listdir(lock.parent) == []
-
-
-def test_a_dead_process_loses_its_claim_and_a_living_one_keeps_it(tmp_path, other):
-    lock = tmp_path / "seed-0.lock"
-    living = claim_of(other)
-    lock.write_text(living)
-    with claimed(lock) as mine:
-        assert not mine
-    assert lock.read_text() == living
-    lock.write_text(claim_of(other, host="another-machine", pid=2**22 + 1))  # of which nobody here can tell
-    with claimed(lock) as mine:
-        assert not mine
-    other.kill()
-    other.wait()
-    for stale in (living, claim_of(psutil.Process(), started=1.0), "half a cl"):  # the second: a number used again
-        lock.write_text(stale)
+    lock = tmp_path / "runs" / ".seed-0.lock"
+    for _ in range(2):
         with claimed(lock) as mine:
             assert mine
-        assert os.listdir(tmp_path) == []
+            with claimed(lock) as second:
+                assert not second
+            with claimed(lock.with_name(".seed-1.lock")) as another:
+                assert another
 
 
-def test_a_claim_that_replaced_the_stale_one_is_put_back(tmp_path, other, monkeypatch):
-    lock, rename = tmp_path / "seed-0.lock", os.rename
-    lock.write_text("stale")
-
-    def slower(source, target):  # another process takes the stale claim over first
-        lock.write_text(claim_of(other))
-        rename(source, target)
-
-    monkeypatch.setattr(claims.os, "rename", slower)
+def test_a_dead_process_loses_its_claim_and_a_living_one_keeps_it(tmp_path, claiming):
+    lock = tmp_path / "seed-0.lock"
+    other = claiming(lock)
     with claimed(lock) as mine:
         assert not mine
-    assert lock.read_text() == claim_of(other)
-    assert os.listdir(tmp_path) == [lock.name]
+    other.kill()  # without a chance to give it back
+    other.wait()
+    with claimed(lock) as mine:
+        assert mine
 
 
-def test_one_of_many_takes_a_stale_claim(tmp_path):
-    lock = tmp_path / "seed-0.lock"
+def test_one_of_many_has_a_claim(tmp_path):
     code = (
         "import sys, time, pathlib\nfrom alignprop.comparison.claims import claimed\n"
         "while time.time() < float(sys.argv[2]): pass\n"
         "with claimed(pathlib.Path(sys.argv[1])) as mine:\n    print(int(mine)); time.sleep(1.5)\n"
     )
-    lock.write_text("stale")
-    start = str(time.time() + 2.0)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(lock), start], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    arguments = [sys.executable, "-c", code, str(tmp_path / "seed-0.lock"), str(time.time() + 2.0)]
+    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     wins = [int(process.communicate(timeout=30)[0]) for process in processes]
     assert sum(wins) == 1
+
+
+def test_processes_that_start_at_once_declare_one_comparison(tmp_path):
+    code = (
+        "import sys, time, pathlib\nfrom alignprop.comparison.declaration import Declaration, declare\n"
+        "from alignprop.comparison.budget import Budget\n"
+        "while time.time() < float(sys.argv[2]): pass\n"
+        "declare(pathlib.Path(sys.argv[1]), Declaration('emoji', {}, (), {'a': {}}, 2, Budget('images', 9), 2))\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "c"), str(time.time() + 2.0)]
+    processes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate(timeout=30)[1] for process in processes] == [""] * 4
+    assert sorted(os.listdir(tmp_path / "c")) == [".compare.lock", "compare.yaml"]
+
+
+def test_processes_that_write_the_same_file_at_once_do_not_trip_over_each_other(tmp_path, monkeypatch):
+    path, replaced = tmp_path / "compare.json", os.replace
+
+    def slower(source, target):  # another process begins and ends between the two halves of this one's writing
+        monkeypatch.setattr(os, "replace", replaced)
+        write_atomically(path, "theirs")
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", slower)
+    write_atomically(path, "ours")
+    assert path.read_text() == "ours" and os.listdir(tmp_path) == [path.name]
 
 
 # ------------------------------------------------------------------------ the command, with trainings of no length
@@ -407,11 +443,9 @@ class FakeTrainer:
             raise KeyboardInterrupt
         budget = config.training.max_images
         gain = 3.0 if config.estimator.name == "alignprop" else 1.0
-        write_run(
-            self.folder,
-            line(0, 1.0),
-            line(budget, 1 + gain + 0.1 * config.training.seed, train=100 * rate),
-        )
+        names = {"trained": tuple(config.rewards), "judges": tuple(config.judges)}
+        last = line(budget, 1 + gain + 0.1 * config.training.seed, train=100 * rate, **names)
+        write_run(self.folder, line(0, 1.0, **names), last)
 
 
 @pytest.fixture
@@ -501,8 +535,8 @@ def test_a_method_that_the_probe_refuses_is_not_trained(recipe, built, monkeypat
         run(recipe, "--methods", "alignprop", "--budget", "images=40", "--seeds", "2", "--output", "c").exit_code == 0
     )
     found = json.loads(Path("c/compare.json").read_text())["methods"]["alignprop"]
-    assert found["failures"] == {"0": "live gradient: no gradient reaches the adapter."}
-    assert found["seeds"]["1"]["finished"] and len(probed) == 1  # once a method
+    assert found["failures"] == dict.fromkeys("01", "live gradient: no gradient reaches the adapter.")
+    assert len(probed) == 1 and built == ["runs/alignprop/seed-0"]  # its seeds are alike
 
 
 def test_more_seeds_and_methods_train_only_what_is_new(recipe, built):
@@ -523,22 +557,21 @@ def test_ctrl_c_gives_the_claim_back_and_says_how_to_go_on(recipe, built, tmp_pa
         "--output comparisons/tiny --set training.num_threads=7"
     )
     assert command in result.output
-    assert not list(tmp_path.glob("comparisons/**/*.lock"))
+    with claimed(tmp_path / "comparisons/tiny/runs/ddpo/.seed-0.lock") as free:
+        assert free
     assert not (tmp_path / "comparisons/tiny/compare.json").exists()
 
 
-def test_what_another_process_trains_is_left_to_it(recipe, built, tmp_path, other):
+def test_what_another_process_trains_is_left_to_it(recipe, built, tmp_path, claiming):
     command = (recipe, "--methods", "ddpo", "--seeds", "2", "--budget", "images=40", "--output", "c")
-    lock = tmp_path / "c/runs/ddpo/seed-0.lock"
     assert run(*command).exit_code == 0
     shutil.rmtree(tmp_path / "c/runs")
-    lock.parent.mkdir(parents=True)
-    lock.write_text(claim_of(other))
+    other = claiming(tmp_path / "c/runs/ddpo/.seed-0.lock")
     (tmp_path / "c/compare.json").unlink()
     built.clear()
     result = run(*command)
     assert (result.exit_code, built) == (0, ["runs/ddpo/seed-1"])
-    assert "Other processes are training what is left" in result.output
+    assert "Other processes are training what is left (runs/ddpo/seed-0); the last one writes" in result.output
     assert not (tmp_path / "c/compare.json").exists()
     other.kill()
     other.wait()
@@ -547,28 +580,80 @@ def test_what_another_process_trains_is_left_to_it(recipe, built, tmp_path, othe
     assert json.loads((tmp_path / "c/compare.json").read_text())["complete"]
 
 
-def test_trials_of_another_process_are_waited_for(recipe, built, tmp_path, other, monkeypatch):
+def test_trials_of_another_process_are_waited_for(recipe, built, tmp_path, claiming, monkeypatch):
     (tmp_path / "m.yaml").write_text(METHODS)
-    lock = tmp_path / "c/search/full/trial-1.lock"
-    waits = []
+    other = claiming(tmp_path / "c/search/full/.trial-1.lock")
+    shutil.move(tmp_path / "c", tmp_path / "aside")  # until the comparison is declared
+    waits, shown = [], []
 
     def sleep(seconds):  # meanwhile the other process dies, and its claim with it
         waits.append(seconds)
         assert built == ["search/full/trial-0", "search/ddpo/trial-0", "search/ddpo/trial-1", "runs/ddpo/seed-0"]
+        assert shown == ["Waiting for another process, which trains full, trial 1"]
         other.kill()
         other.wait()
 
     monkeypatch.setattr(running.time, "sleep", sleep)
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: shown.append(text))
     command = [recipe, "--methods", "full,ddpo", "--methods-file", "m.yaml", "--seeds", "1", "--budget", "images=40"]
     from alignprop.cli.comparing import _asked, _declared
 
     asked = _asked(str(recipe), ["full", "ddpo"], 1, "images=40", [], tmp_path / "m.yaml", None, 12)
     _declared(Path("c"), asked, Path("m.yaml"))
-    lock.parent.mkdir(parents=True)
-    lock.write_text(claim_of(other))
+    shutil.move(tmp_path / "aside/search", tmp_path / "c/search")
     assert run(*command, "--output", "c").exit_code == 0
     assert waits == [running.POLL_S]
     assert built[-2:] == ["search/full/trial-1", "runs/full/seed-0"]
+
+
+def test_runs_of_settings_that_are_chosen_no_more_are_not_taken_for_others(recipe, built, tmp_path):
+    (tmp_path / "m.yaml").write_text(METHODS)
+    command = (recipe, "--methods", "full,ddpo", "--methods-file", "m.yaml", "--seeds", "1", "--budget", "images=40")
+    assert run(*command, "--output", "c").exit_code == 0
+    winner = RunFolder(tmp_path / "c/search/full/trial-1")
+    (winner.path / "failure.json").write_text('{"reason": "lost"}')
+    result = run(*command, "--output", "c")
+    assert result.exit_code == 2
+    told = "c/runs/full/seed-0 was trained with other settings, optimizer.learning_rate was 0.004 and is 0.001"
+    assert f"{told}: delete it, to train it again." in " ".join(result.stderr.split())
+    shutil.rmtree(tmp_path / "c/runs/full/seed-0")
+    built.clear()
+    assert run(*command, "--output", "c").exit_code == 0
+    assert built == ["runs/full/seed-0"]
+
+
+OWN_REWARDS = """
+methods:
+  light: {rewards: {brightness: 1.0}, judges: {emoji-aesthetic: {}}}
+  both: {rewards: {brightness: 2.0, emoji-aesthetic: 1.0}, judges: {}}
+"""
+
+
+def test_methods_with_rewards_of_their_own_are_compared_by_the_recipes(recipe, built, tmp_path):
+    (tmp_path / "m.yaml").write_text(OWN_REWARDS)
+    command = (recipe, "--methods", "light,both", "--methods-file", "m.yaml", "--seeds", "1", "--budget", "images=40")
+    assert run(*command, "--output", "c").exit_code == 0
+    assert read_declaration(tmp_path / "c").rewards == {"emoji-aesthetic": 1.0}
+    for folder, rewards in (("light", {"glow": 7, "blur": 1}), ("both", {"glow": 7, "flash": 2})):
+        path = tmp_path / "d/runs" / folder / "seed-0"
+        for images in (0, 100):
+            given = line(images, 3.0)
+            for measured in given["sets"].values():
+                measured["rewards"] = {name: {"mean": value + images} for name, value in rewards.items()}
+            write_run(path, given)
+    own = {"light": {"rewards": {"blur": 1.0}}, "both": {"rewards": {"glow": 1.0, "flash": 1.0}}}
+    asked = Declaration("emoji", {}, (), own, 1, Budget("images", 100), 2, rewards={"glow": 2.0})
+    found = results(asked, tmp_path / "d")
+    assert found["trained"] == ["glow"] and list(found["base"]["unseen"]["rewards"]) == ["glow"]
+    assert [found["methods"][name]["final"]["unseen"]["reward"]["mean"] for name in own] == [214.0, 214.0]
+    text = write_page(tmp_path / "d", {**found, "versions": {}}).read_text()
+    told = "Not trained on glow, the recipe&#39;s, by which all are compared, but on rewards of their own"
+    assert f"{told}: light, both" in text
+    (tmp_path / "m.yaml").write_text("methods: {light: {rewards: {brightness: 1.0}, judges: {}}}")
+    result = run(recipe, "--methods", "light", "--methods-file", "m.yaml", "--budget", "images=40", "--output", "e")
+    assert result.exit_code == 2
+    told = "light: emoji-aesthetic, by which methods are compared, is none of its rewards and judges: add it"
+    assert told in " ".join(result.stderr.split())
 
 
 FILE = "m.yaml"
@@ -590,13 +675,18 @@ REFUSED = [
         "a: optimizer.learning_rat is no setting; did you mean optimizer",
     ),
     (["--methods-file", FILE, "--methods", "b,ddpo"], "methods.b: training.seed is set by the comparison"),
+    (["--methods-file", FILE, "--methods", "c"], "methods.c: prompts.unseen is to be the same for every method"),
+    (["--methods-file", FILE, "--methods", "d"], "methods.d: evaluation.images_per_prompt is to be the same"),
     (["--report-only", "--output", "nowhere"], "nowhere is no comparison: it has no compare.yaml."),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
 def test_bad_input_is_told_in_a_sentence(recipe, built, tmp_path, arguments, told):
-    (tmp_path / FILE).write_text("methods: {a: {optimizer.learning_rat: 1}, b: {training.seed: 3}}")
+    (tmp_path / FILE).write_text(
+        "methods: {a: {optimizer.learning_rat: 1}, b: {training.seed: 3}, "
+        "c: {prompts: {unseen: [a fox]}}, d: {evaluation.images_per_prompt: 3}}"
+    )
     result = run(recipe, "--methods", "alignprop,ddpo", "--budget", "images=40", *arguments)
     assert result.exit_code in (1, 2)
     message = " ".join(result.stderr.split())
@@ -807,4 +897,13 @@ def test_ctrl_c_stops_between_two_steps_with_a_checkpoint(recipe, tmp_path, monk
     assert result.exit_code == 130
     assert "Stopped; what was trained is kept. Go on with:" in result.output
     assert os.listdir(tmp_path / "c/runs/alignprop/seed-0/checkpoints") == ["step-000001"]
-    assert os.listdir(tmp_path / "c/runs/alignprop") == ["seed-0"]  # no lock, no other seed
+    assert sorted(os.listdir(tmp_path / "c/runs/alignprop")) == [".seed-0.lock", "seed-0"]  # no other seed
+
+
+@needs_emoji
+def test_ctrl_c_in_the_last_step_of_a_run_ends_the_comparison(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(running.Progress, "step", lambda self, trainer, metrics: signal.raise_signal(signal.SIGINT))
+    result = run(recipe, "--methods", "alignprop", "--seeds", "2", "--budget", "images=4", "--output", "c")
+    assert result.exit_code == 130
+    assert len(RunFolder(tmp_path / "c/runs/alignprop/seed-0").evaluations.read()) == 2  # it was brought to its end
+    assert not (tmp_path / "c/runs/alignprop/seed-1").exists()

@@ -127,7 +127,7 @@ class Trainer:
             raise ValueError(" ".join(problems))
 
     def train(self) -> None:
-        """Run to the last step; Ctrl-C ends the run after the step that it falls into."""
+        """Run to the last step; Ctrl-C ends the run after the step that it falls into, with KeyboardInterrupt."""
         for callback in self.callbacks:
             callback.start(self)
         distributed.check_identical(list(self.parameters.values()))
@@ -138,7 +138,7 @@ class Trainer:
                     callback.step(self, metrics)
             for callback in self.callbacks:
                 callback.end(self)
-            if not self.finished:
+            if any(distributed.gather([interrupted()])):  # also in the last step, for who trains several runs
                 raise KeyboardInterrupt
 
     def stop(self, reason: str) -> None:

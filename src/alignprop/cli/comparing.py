@@ -97,7 +97,7 @@ def _asked(
     """
     from alignprop.comparison.budget import Budget, read_budget
     from alignprop.comparison.declaration import Declaration
-    from alignprop.comparison.methods import choose, read_methods, reserved, trials_of
+    from alignprop.comparison.methods import choose, read_methods, reserved, trials_of, uncommon
     from alignprop.config import ConfigError, recipe_path
 
     problems = [
@@ -119,9 +119,10 @@ def _asked(
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     for name, own in chosen.items():
-        problems += reserved(own, f"methods.{name}: ")
+        problems += [*reserved(own, f"methods.{name}: "), *uncommon(own, f"methods.{name}: ")]
         for trial in search.trials[name] if search else ():
-            problems += reserved(trial, f"search.trials.{name}: ")
+            where = f"search.trials.{name}: "
+            problems += [*reserved(trial, where), *uncommon(trial, where)]
     problems += _unfit_budgets(file.budgets, spent)
     if problems:
         raise ConfigError(problems)
@@ -162,8 +163,8 @@ def _declared(folder: Path, asked: Declaration, methods_file: Path | None) -> De
     from alignprop.comparison.declaration import declare
     from alignprop.comparison.jobs import check
 
-    check(asked, folder)
-    return declare(folder, replace(asked, command=_command(folder, asked, methods_file)))
+    measured = replace(asked, rewards=check(asked, folder))
+    return declare(folder, replace(measured, command=_command(folder, asked, methods_file)))
 
 
 def _command(folder: Path, asked: Declaration, methods_file: Path | None) -> str:
@@ -187,13 +188,22 @@ def _train(declaration: Declaration, folder: Path) -> None:
         done = trainer.images_scored if job.budget.unit == "images" else trainer.train_seconds
         return f"{job.method}, {job.part}: {done:.0f} of {job.budget.amount:g} {job.budget.unit}"
 
+    def awaited(jobs: list[Job]) -> str:
+        return f"Waiting for another process, which trains {', '.join(f'{job.method}, {job.part}' for job in jobs)}"
+
     tell(
         f"[bold]{escape(', '.join(declaration.methods))}[/], {declaration.seeds} seeds of {budget.amount:g} "
         f"{budget.unit} each, into {escape(str(folder))}"
     )
     try:
         with Console(stderr=True).status("Loading ...") as shown:
-            for ended in train_all(declaration, folder, lambda job, trainer: shown.update(escape(told(job, trainer)))):
+            training = train_all(
+                declaration,
+                folder,
+                progress=lambda job, trainer: shown.update(escape(told(job, trainer))),
+                waiting=lambda jobs: shown.update(escape(awaited(jobs))),
+            )
+            for ended in training:
                 tell(_line(ended))
     except KeyboardInterrupt:
         tell("Stopped; what was trained is kept. Go on with:\n")
@@ -209,7 +219,8 @@ def _line(ended: Ended) -> str:
     start = f"[{ended.place}/{ended.total}]"
     head = f"{escape(start)} [bold]{escape(job.method)}[/] {job.part}, {duration(ended.seconds)}"
     if (failure := job.failure) is not None:
-        return f"{head}: [yellow]failed[/]: {escape(failure)}"
+        again = f"to try it again, delete {job.folder}"
+        return f"{head}: [yellow]failed[/]: {escape(failure)}\n    ({escape(again)})"
     first, last = job.evaluations[0], job.evaluations[-1]
     name = next(iter(last["sets"]))
     before, after = first["sets"][name]["reward"]["mean"], last["sets"][name]["reward"]["mean"]
@@ -234,7 +245,13 @@ def _conclude(folder: Path, reach: float | None, *, partly: bool) -> None:
         declaration = replace(declaration, reach=reach)
     found = {**results(declaration, folder), "versions": versions()}
     if not found["complete"] and not partly:
-        tell("Other processes are training what is left; the last one writes the report.")
+        open_runs = ", ".join(
+            run["folder"]
+            for method in found["methods"].values()
+            for run in method["seeds"].values()
+            if not run["finished"] and not run["failure"]
+        )
+        tell(f"Other processes are training what is left ({escape(open_runs)}); the last one writes the report.")
         return
     written = [folder / "compare.json"]
     write_atomically(written[0], json.dumps(found, indent=1) + "\n")

@@ -167,6 +167,8 @@ def _run(trainer: Trainer, bar: ProgressBar, folder: Path) -> None:
         with bar.shown():
             trainer.train()
     except KeyboardInterrupt:
+        if trainer.finished:  # it came too late
+            return
         tell(f"Stopped after step {trainer.step} of {trainer.steps}. Go on with:\n\n    {escape(again)}")
         raise typer.Exit(INTERRUPTED) from None
     except TrainingStopped as error:

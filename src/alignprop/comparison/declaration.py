@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from alignprop.comparison.budget import Budget, read_budget
 from alignprop.comparison.methods import Search, Settings, read_search
 from alignprop.config import ConfigError
-from alignprop.runfolder import is_taken, write_atomically
+from alignprop.runfolder import write_atomically
 
 _FORMAT = "alignprop-comparison-1"
+_LOCK = ".compare.lock"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Declaration:
         budget: of each run.
         evaluations: of each run, beside the base model's.
         search: for settings; None for none.
+        rewards: of the recipe with their weights; methods are compared by their sum, whatever they train on.
         budgets: of the methods that go on beyond ``budget``, to learn how much more they need.
         reach: the value of the trained reward to tell the cost of; None to choose it from the outcome.
         command: that was called last.
@@ -44,6 +47,7 @@ class Declaration:
     budget: Budget
     evaluations: int
     search: Search | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
     budgets: Mapping[str, Budget] = field(default_factory=dict)
     reach: float | None = None
     command: str = ""
@@ -51,6 +55,12 @@ class Declaration:
     def budget_of(self, method: str) -> Budget:
         """What each run of a method spends."""
         return self.budgets.get(method, self.budget)
+
+    def reward_of(self, measured: Mapping[str, Any]) -> float:
+        """The mean by which methods are compared, of what an evaluation measured on a set of prompts."""
+        if not self.rewards:  # comparisons of the first versions, where all trained on the same
+            return float(measured["reward"]["mean"])
+        return sum(weight * float(measured["rewards"][name]["mean"]) for name, weight in self.rewards.items())
 
     def document(self) -> dict[str, Any]:
         """The content of `compare.yaml`."""
@@ -66,6 +76,7 @@ class Declaration:
             "budgets": {name: str(budget) for name, budget in self.budgets.items()},
             "evaluations": self.evaluations,
             "reach": self.reach,
+            "rewards": dict(self.rewards),
             "search": search
             and {
                 "budget": str(search.budget),
@@ -107,6 +118,7 @@ def read_declaration(folder: Path) -> Declaration:
         evaluations=data["evaluations"],
         search=read_search(data["search"]),
         reach=data["reach"],
+        rewards=data.get("rewards", {}),
         command=data["command"],
     )
 
@@ -114,9 +126,17 @@ def read_declaration(folder: Path) -> Declaration:
 def declare(folder: Path, asked: Declaration) -> Declaration:
     """Write `compare.yaml`, or hold what is asked against the one there; returns what the folder compares now.
 
+    Processes that start together take turns, so that each is held against what the first one has written.
+
     Raises:
         ConfigError: the folder holds another comparison; more seeds and more methods are no other one.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / _LOCK):
+        return _declare(folder, asked)
+
+
+def _declare(folder: Path, asked: Declaration) -> Declaration:
     if declaration_path(folder).exists():
         before = read_declaration(folder)
         if differences := list(_differences(before.document(), asked.document())):
@@ -124,7 +144,7 @@ def declare(folder: Path, asked: Declaration) -> Declaration:
             raise ConfigError([f"{folder} holds another comparison, {'; '.join(differences)}: {remedy}"])
         if asked.reach is None:
             asked = replace(asked, reach=before.reach)
-    elif is_taken(folder):
+    elif any(path.name != _LOCK for path in folder.iterdir()):
         raise ConfigError([f"{folder} is not empty and no comparison: give another folder, --output DIR."])
     text = yaml.safe_dump(asked.document(), sort_keys=False, allow_unicode=True)
     write_atomically(declaration_path(folder), text)

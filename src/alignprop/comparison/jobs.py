@@ -11,8 +11,10 @@ from typing import Any
 from alignprop.comparison.budget import Budget
 from alignprop.comparison.declaration import Declaration
 from alignprop.comparison.methods import Settings, overrides
-from alignprop.config import Config, ConfigError, load_config
+from alignprop.config import Config, ConfigError, load_config, read_config
 from alignprop.runfolder import RunFolder, write_atomically
+
+_ANY_SEED = {"training.seed": None}
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,18 @@ class Job:
     budget: Budget
 
     @property
-    def is_first(self) -> bool:
-        """Whether it is the first of its method's trials or seeds."""
-        return self.part.endswith(" 0")
+    def is_probed(self) -> bool:
+        """Whether it is the first run with its settings."""
+        return self.part == "seed 0" or self.part.startswith("trial")
+
+    def is_like(self, other: Job) -> bool:
+        """Whether another run has the same settings, but for the seed."""
+        return self.method == other.method and {**self.settings, **_ANY_SEED} == {**other.settings, **_ANY_SEED}
 
     @property
     def lock(self) -> Path:
         """The claim on it, beside its folder."""
-        return self.folder.with_name(self.folder.name + ".lock")
+        return self.folder.with_name(f".{self.folder.name}.lock")
 
     @property
     def failure(self) -> str | None:
@@ -113,18 +119,52 @@ def job_config(declaration: Declaration, job: Job) -> Config:
     return load_config(declaration.recipe, [*declaration.settings, *overrides(job.settings)])
 
 
-def check(declaration: Declaration, folder: Path) -> None:
+def check_settings(declaration: Declaration, job: Job) -> None:
+    """Check that what there is of a run was trained with its settings.
+
+    Raises:
+        ConfigError: it was not: the search has another winner, or this version of the library other defaults.
+    """
+    path = RunFolder(job.folder).config
+    if not path.exists():
+        return
+    then, now = (
+        config.model_dump(mode="json", exclude={"run"}) for config in (read_config(path), job_config(declaration, job))
+    )
+    if changed := list(_changed(then, now)):
+        told = "; ".join(
+            f"{name} was {json.dumps(before)} and is {json.dumps(after)}" for name, before, after in changed
+        )
+        raise ConfigError([f"{job.folder} was trained with other settings, {told}: delete it, to train it again."])
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The settings in which two configurations differ, with both values."""
+    for name in {**then, **now}:
+        before, after = then.get(name), now.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _changed(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield prefix + name, before, after
+
+
+def check(declaration: Declaration, folder: Path) -> dict[str, float]:
     """Check the settings of every method and trial before anything heavy is loaded.
+
+    Returns:
+        The rewards of the recipe with their weights, by which methods are compared.
 
     Raises:
         ConfigError: with all that is wrong, each with its method unless it is wrong for all of them.
     """
     found: dict[str, list[str]] = {}
+    measured: list[tuple[str, set[str]]] = []
     samples = list(_samples(declaration, folder))
     for name, job in samples:
         try:
             config = job_config(declaration, job)
             problems = list(_unsuited(config, searched=declaration.search is not None))
+            measured.append((name, {*config.rewards, *config.judges}))
         except ConfigError as error:
             problems = error.problems
         for problem in problems:
@@ -138,6 +178,17 @@ def check(declaration: Declaration, folder: Path) -> None:
                 for name in (names[:1] if len(names) == everywhere else names)
             ]
         )
+    rewards = {
+        name: term.weight for name, term in load_config(declaration.recipe, declaration.settings).rewards.items()
+    }
+    if problems := [
+        f"{name}: {reward}, by which methods are compared, is none of its rewards and judges: add it to the judges."
+        for name, known in measured
+        for reward in rewards
+        if reward not in known
+    ]:
+        raise ConfigError(problems)
+    return rewards
 
 
 def _samples(declaration: Declaration, folder: Path) -> Iterator[tuple[str, Job]]:

@@ -32,6 +32,9 @@ RESERVED = (
 )
 """Settings that a comparison gives, the same to every method; the evaluation's seed is the recipe's."""
 
+COMMON = ("prompts", "evaluation")
+"""Sections by which methods are measured, so that none has its own."""
+
 _OPEN_SECTIONS = ("rewards", "judges")
 """Sections whose keys are the user's own: a mapping replaces them whole."""
 
@@ -171,6 +174,15 @@ def reserved(settings: Mapping[str, Any], where: str) -> list[str]:
         f"{where}{name} is set by the comparison, the same for every method; leave it out."
         for name in settings
         if name in RESERVED or name.startswith("run.")
+    ]
+
+
+def uncommon(settings: Mapping[str, Any], where: str) -> list[str]:
+    """A sentence for each setting of a method or a trial by which methods would be measured differently."""
+    return [
+        f"{where}{name} is to be the same for every method, which are measured by it: give it with --set."
+        for name in settings
+        if name.split(".")[0] in COMMON and name not in RESERVED
     ]
 
 

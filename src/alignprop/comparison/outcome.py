@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from alignprop.comparison.budget import read_budget
-from alignprop.report import duration, number
+from alignprop.report import duration, lower_bound, number
 
 Results: TypeAlias = Mapping[str, Any]
 
@@ -18,7 +18,7 @@ _UNITS = {"images": "images", "denoiser_calls": "denoiser calls", "seconds": "se
 
 
 def trained_reward(results: Results) -> str:
-    """What is trained, as the page calls it."""
+    """What the recipe trains on, and every method is measured by, as the page calls it."""
     return " + ".join(results["trained"]) or "reward"
 
 
@@ -79,7 +79,7 @@ def times(ratio: Mapping[str, Any] | None) -> str:
     """A ratio in words: ``3.4 times``, ``more than 3.4 times``."""
     if ratio is None or ratio["times"] is None:
         return "–"
-    return f"{'more than ' if ratio['bound'] else ''}{number(ratio['times'], 2)} times"
+    return f"{(lower_bound if ratio['bound'] else number)(ratio['times'], 2)} times"
 
 
 def _seeds(cost: Mapping[str, Any]) -> str:
@@ -136,12 +136,21 @@ def warnings(results: Results) -> Iterator[str]:
         if search and search["winner"] is None:
             yield f"{name}: every trial of the search failed, so that it was not compared."
         for seed, reason in method["failures"].items():
-            yield f"{name} failed with seed {seed}, which its means leave out: {reason}"
+            folder = method["seeds"][seed]["folder"]
+            again = f"to try it again, delete {folder}"
+            yield f"{name} failed with seed {seed}, which its means leave out ({again}): {reason}"
+    if own := [name for name, method in results["methods"].items() if _has_own_rewards(method)]:
+        told = f"{trained_reward(results)}, the recipe's, by which all are compared"
+        yield f"Not trained on {told}, but on rewards of their own: {', '.join(own)}."
     bases = [run["series"]["sets"]["unseen"]["reward"][0] for run in _runs(results)]
     if bases and max(bases) - min(bases) > 1e-6 * max(map(abs, bases)):
         yield "The methods do not start from the same pictures: their settings change the model or its sampling."
     if results["declaration"]["seeds"] == 1:
         yield "One seed of each method: nothing is known of how much another seed would differ."
+
+
+def _has_own_rewards(method: Mapping[str, Any]) -> bool:
+    return any(name.split(".")[0] == "rewards" for name in method["settings"])
 
 
 def _runs(results: Results) -> list[Mapping[str, Any]]:

@@ -27,20 +27,23 @@ def reach(methods: Mapping[str, Any], base: Mapping[str, Any], asked: float | No
         return {"value": None, "chosen": "no method has raised the reward above the base model's", "methods": {}}
     value = asked if asked is not None else (start + finals[best]) / 2
     chosen = "given" if asked is not None else f"halfway between the base model's and the mean final one of {best}"
-    costs = {name: _cost(_over(method), value) for name, method in methods.items() if _over(method)}
+    costs = {name: cost for name, method in methods.items() if (cost := _cost(_over(method), value))}
     return {"value": value, "chosen": chosen, "methods": costs, "ratios": _ratios(costs)}
 
 
 def _over(method: Mapping[str, Any]) -> dict[str, Any]:
     """The runs of a method that will not go on, by seed."""
-    return {seed: run for seed, run in method["seeds"].items() if run["series"] and (run["finished"] or run["failure"])}
+    return {seed: run for seed, run in method["seeds"].items() if run["finished"] or run["failure"]}
 
 
-def _cost(runs: Mapping[str, Any], value: float) -> dict[str, Any]:
+def _cost(over: Mapping[str, Any], value: float) -> dict[str, Any] | None:
     """What each seed of a method needed first to reach a value; seeds that failed before have not reached it."""
+    runs = {seed: run for seed, run in over.items() if run["series"]}
+    if not runs:
+        return None
     places = {seed: crossing(run["series"]["sets"][SET]["reward"], value) for seed, run in runs.items()}
     num_reached = sum(place is not None for place in places.values())
-    cost: dict[str, Any] = {"reached": num_reached, "of": len(runs)}
+    cost: dict[str, Any] = {"reached": num_reached, "of": len(over)}
     for axis in AXES:
         series = {seed: run["series"][axis] for seed, run in runs.items()}
         seeds = {seed: None if p is None else at_place(series[seed], p) for seed, p in places.items()}
@@ -48,7 +51,7 @@ def _cost(runs: Mapping[str, Any], value: float) -> dict[str, Any]:
         spent = [series[seed][-1] if x is None else x for seed, x in seeds.items()]
         cost[axis] = {
             "seeds": seeds,
-            "interval": asdict(mean_interval(needed)) if num_reached == len(runs) else None,
+            "interval": asdict(mean_interval(needed)) if num_reached == len(over) else None,
             # Seeds that have not reached it count with what they spent: the true mean is above.
             "at_least": mean_interval(spent).mean,
         }

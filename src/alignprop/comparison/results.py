@@ -24,11 +24,11 @@ def results(declaration: Declaration, folder: Path) -> Record:
     """Everything that is known of a comparison, finished or not."""
     methods = {name: _method(declaration, folder, name) for name in declaration.methods}
     evaluated = [run for method in methods.values() for run in method["seeds"].values() if run["series"]]
-    base = _at(evaluated[0]["series"], 0) if evaluated else None
+    base = _at_base(evaluated) if evaluated else None
     return {
         "declaration": declaration.document(),
         "complete": all(method["complete"] for method in methods.values()),
-        "trained": evaluated[0]["trained"] if evaluated else [],
+        "trained": list(declaration.rewards) or (evaluated[0]["trained"] if evaluated else []),
         "base": base,
         "methods": methods,
         "reach": reach(methods, base, declaration.reach) if base else None,
@@ -39,7 +39,7 @@ def _method(declaration: Declaration, folder: Path, name: str) -> Record:
     choice = choose_settings(declaration, folder, name)
     settings = choice.settings if choice else None
     jobs = seed_jobs(declaration, folder, name, settings) if settings is not None else []
-    seeds = {str(place): _run(job, folder) for place, job in enumerate(jobs)}
+    seeds = {str(place): _run(declaration, job, folder) for place, job in enumerate(jobs)}
     finished = [run["series"] for run in seeds.values() if run["finished"]]
     return {
         "settings": {**declaration.methods[name], **(settings or {})},
@@ -65,10 +65,19 @@ def _search(choice: Choice | None, folder: Path) -> Record | None:
     return {"winner": choice.winner, "trials": trials}
 
 
-def _run(job: Job, folder: Path) -> Record:
+def _at_base(evaluated: Sequence[Mapping[str, Any]]) -> Record:
+    """The base model's values, of the rewards that every method has measured."""
+    base = _at(evaluated[0]["series"], 0)
+    for name, values in base.items():
+        known = set.intersection(*(set(run["series"]["sets"][name]["rewards"]) for run in evaluated))
+        values["rewards"] = {reward: value for reward, value in values["rewards"].items() if reward in known}
+    return base
+
+
+def _run(declaration: Declaration, job: Job, folder: Path) -> Record:
     """One seed of a method: its curve and its last values."""
     lines = job.evaluations
-    series = _series(lines) if lines else None
+    series = _series(declaration, lines) if lines else None
     return {
         "folder": _inside(job.folder, folder),
         "finished": job.is_finished and job.failure is None,
@@ -83,14 +92,14 @@ def _inside(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _series(lines: Sequence[Mapping[str, Any]]) -> Record:
+def _series(declaration: Declaration, lines: Sequence[Mapping[str, Any]]) -> Record:
     """The evaluations of a run, turned from a list of records into lists of numbers."""
     return {
         "step": [line["step"] for line in lines],
         **{axis: [line[key] for line in lines] for axis, key in AXES.items()},
         "sets": {
             name: {
-                "reward": [line["sets"][name]["reward"]["mean"] for line in lines],
+                "reward": [declaration.reward_of(line["sets"][name]) for line in lines],
                 "rewards": {
                     reward: [line["sets"][name]["rewards"][reward]["mean"] for line in lines]
                     for reward in lines[0]["sets"][name]["rewards"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignprop.comparison.claims import claimed
 from alignprop.comparison.declaration import Declaration
-from alignprop.comparison.jobs import Job, job_config, known_jobs
+from alignprop.comparison.jobs import Job, check_settings, job_config, known_jobs
 from alignprop.comparison.search import Choice, choose_settings
 from alignprop.config import Run, build, probe_trainer, save
 from alignprop.runfolder import RunFolder
@@ -84,22 +84,38 @@ def is_complete(declaration: Declaration, folder: Path) -> bool:
     return decided and all(job.is_over for job in jobs_of(declaration, folder))
 
 
-def train_all(declaration: Declaration, folder: Path, progress: Callable[[Job, Trainer], None]) -> Iterator[Ended]:
+def train_all(
+    declaration: Declaration,
+    folder: Path,
+    progress: Callable[[Job, Trainer], None],
+    waiting: Callable[[list[Job]], None],
+) -> Iterator[Ended]:
     """Train every run that is not over and that no other process has claimed.
+
+    Args:
+        declaration: of the comparison.
+        folder: of the comparison.
+        progress: told after every step of a run.
+        waiting: told of the runs of other processes that must end before this one can go on.
 
     Yields:
         Each run that this process has brought to an end.
 
     Raises:
+        ConfigError: a run that is there was trained with other settings.
         KeyboardInterrupt: between two steps, with a checkpoint written.
     """
+    checked: set[Path] = set()
     while True:
-        moved = False
-        for job in [job for job in jobs_of(declaration, folder) if not job.is_over]:
+        moved, known = False, jobs_of(declaration, folder)
+        for job in (job for job in known if job.folder not in checked):
+            check_settings(declaration, job)
+        checked |= {job.folder for job in known}
+        for job in [job for job in known if not job.is_over]:
             began, trained = time.perf_counter(), False
             with claimed(job.lock) as mine:
                 if mine and not job.is_over:
-                    train(declaration, job, progress)
+                    train(declaration, folder, job, progress)
                     trained = True
             if trained:
                 yield _ended(declaration, folder, job, time.perf_counter() - began)
@@ -108,15 +124,16 @@ def train_all(declaration: Declaration, folder: Path, progress: Callable[[Job, T
             continue
         if None not in choices_of(declaration, folder).values():
             return
-        time.sleep(POLL_S)  # another process tries the settings that this one is to train with
+        waiting([job for job in known if not job.is_over])  # trials: their winners' settings are to be trained with
+        time.sleep(POLL_S)
 
 
-def train(declaration: Declaration, job: Job, progress: Callable[[Job, Trainer], None]) -> None:
+def train(declaration: Declaration, folder: Path, job: Job, progress: Callable[[Job, Trainer], None]) -> None:
     """Train one run from its last checkpoint, or from the beginning; what stops it for good is recorded."""
     import torch
 
     from alignprop.checkpointing import list_checkpoints, load_checkpoint
-    from alignprop.probe import require
+    from alignprop.probe import ProbeError, require
     from alignprop.trainer import TrainingStopped
 
     config, files = job_config(declaration, job), RunFolder(job.folder)
@@ -126,9 +143,13 @@ def train(declaration: Declaration, job: Job, progress: Callable[[Job, Trainer],
     place = Run(name=job.folder.name, folder=str(job.folder.parent))
     save(config.model_copy(update={"run": place}), files.config)
     try:
-        if not checkpoints and job.is_first:  # a method without gradient would show as a flat line
+        if not checkpoints and job.is_probed:  # a method without gradient would show as a flat line
             require(probe_trainer(trainer))
         trainer.train()
+    except ProbeError as error:  # an outcome of its settings, with any seed
+        for other in jobs_of(declaration, folder):
+            if other.is_like(job) and not other.is_finished:
+                other.fail(str(error))
     except (TrainingStopped, ValueError, torch.OutOfMemoryError) as error:  # an outcome of this run, not of the others
         job.fail(str(error))
     finally:

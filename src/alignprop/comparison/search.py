@@ -38,20 +38,20 @@ def choose_settings(declaration: Declaration, folder: Path, method: str) -> Choi
     if not all(job.is_over for job in jobs):
         return None
     tried = search.trials[method]
-    trials = tuple(_told(job, settings) for job, settings in zip(jobs, tried, strict=True))
+    trials = tuple(_told(declaration, job, settings) for job, settings in zip(jobs, tried, strict=True))
     finished = [i for i, trial in enumerate(trials) if trial["failure"] is None]
     winner = max(finished, key=lambda i: float(trials[i]["reward"]), default=None)
     return Choice(winner, None if winner is None else dict(tried[winner]), trials)
 
 
-def _told(job: Job, settings: Settings) -> dict[str, Any]:
+def _told(declaration: Declaration, job: Job, settings: Settings) -> dict[str, Any]:
     """A trial that is over, as `compare.json` holds it."""
     last = job.evaluations[-1] if job.evaluations else None
     return {
         "settings": dict(settings),
         "folder": str(job.folder),
         "failure": job.failure,
-        "reward": last["sets"][CHOSEN_BY]["reward"]["mean"] if last and job.failure is None else None,
+        "reward": declaration.reward_of(last["sets"][CHOSEN_BY]) if last and job.failure is None else None,
         "images": last["images_scored"] if last else 0,
         "denoiser_calls": last["denoiser_calls"] if last else 0,
         "seconds": last["train_seconds"] if last else 0.0,

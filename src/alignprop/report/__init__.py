@@ -4,7 +4,7 @@ from alignprop.report.page import MAX_STRIP, write_report
 from alignprop.report.pages import data_uri, page_template, require_pages, versions
 from alignprop.report.records import Record
 from alignprop.report.summary import MAX_FALL, Change, Summary, summarise
-from alignprop.report.wording import duration, memory, number, signed
+from alignprop.report.wording import duration, lower_bound, memory, number, signed
 
 __all__ = [
     "MAX_FALL",
@@ -14,6 +14,7 @@ __all__ = [
     "Summary",
     "data_uri",
     "duration",
+    "lower_bound",
     "memory",
     "number",
     "page_template",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from alignprop import __version__
-from alignprop.report.wording import duration, memory, number, prompts_in_words, signed
+from alignprop.report.wording import duration, lower_bound, memory, number, prompts_in_words, signed
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -45,6 +45,7 @@ def page_template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "lower_bound": lower_bound,
         "number": number,
         "signed": signed,
         "duration": duration,

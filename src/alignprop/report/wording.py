@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number to so many significant digits, with a real minus: 0.291, 7.91, 12.3, 1,234."""
@@ -9,6 +11,12 @@ def number(value: float | None, digits: int = 3) -> str:
         return "–"
     text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.{digits}g}".rstrip(".")
     return text.replace("-", "−")
+
+
+def lower_bound(value: float, digits: int = 3) -> str:
+    """A number that another is above, in words that stay true: never rounded up, ``more than 592`` for 592.6."""
+    unit = 10.0 ** max(math.floor(math.log10(value)) - digits + 1, -12) if 0 < value < 100 else 1.0
+    return f"more than {number(math.floor(value / unit * (1 + 1e-12)) * unit, digits)}"
 
 
 def signed(value: float) -> str:

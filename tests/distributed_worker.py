@@ -10,10 +10,12 @@ import tiny
 from alignprop import distributed
 from alignprop.checkpointing import Checkpoints, load_checkpoint
 from alignprop.estimators import DDPO, RWR, AlignProp, DraftLV, DRTune, LeapAlign
+from alignprop.evaluation import Evaluation
 from alignprop.regularisation import Regularisation
 from alignprop.rewards import WeightedSum
 from alignprop.runfolder import RunFolder
 from alignprop.surgery import RULES
+from alignprop.tracking import MetricsFile
 from alignprop.truncation import All, Gaussian, Last, Uniform
 
 ESTIMATORS = {
@@ -63,8 +65,37 @@ def main(folder):
         load_checkpoint(again, place.checkpoints / "step-000002")
         again.train()
         torch.save(test_trainer.weights(again), folder / f"{estimator}-resumed-{rank}.pt")
+    evaluations(folder / "evaluated", rank)
     drift_is_noticed(run, rank)
     failure_reaches_everyone(rank)
+
+
+def evaluations(folder, rank=0, num_processes=2):
+    """A run with evaluations, whose prompts do not share out evenly; and one whose judge fails on one process."""
+    place = RunFolder(folder)
+
+    def make_run(judge, path):
+        judges = {"judge": judge}
+        evaluation = Evaluation(RunFolder(path), {"unseen": ("a bee",)}, judges, every=1, images_per_prompt=3)
+        callbacks = [evaluation, MetricsFile(RunFolder(path))]
+        penalty = Regularisation(kl=0.1)
+        batch = 2 // num_processes
+        return make("fp64", "all", batch, steps=2, callbacks=callbacks, regularisation=penalty)
+
+    def failing(images, prompts):
+        if rank == 1:
+            raise ValueError("no")
+        return images.mean((1, 2, 3))
+
+    make_run(lambda images, prompts: images.mean((1, 2, 3)), folder).train()
+    if num_processes > 1:
+        try:
+            make_run(failing, folder / "failing").train()
+        except ValueError as error:
+            assert "no" in str(error), error
+        else:
+            raise AssertionError("rank 1 failed alone")
+    return place
 
 
 def with_surgery(combination, batch_size, **changes):

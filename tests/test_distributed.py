@@ -10,6 +10,7 @@ import torch
 
 import distributed_worker as worker
 import test_trainer
+from alignprop.runfolder import RunFolder
 
 TOLERANCE = {"fp32": 1e-6, "fp64": 1e-12}
 # In deviations of a handful of scores, the rounding of fp32 kernels is no longer small.
@@ -43,6 +44,23 @@ def test_the_gradient_is_that_of_one_process_on_the_union_batch(two_processes, d
     )[dtype]
     half = worker.gradient(worker.make(dtype, estimator, 1))
     assert ((half - alone).norm() / alone.norm()).item() > 1e-3  # one rank's share alone is another gradient
+
+
+def test_evaluations_and_metrics_are_those_of_one_process(two_processes, tmp_path):
+    alone = worker.evaluations(tmp_path, num_processes=1)
+    both = RunFolder(two_processes / "evaluated")
+    lines, expected = both.evaluations.read(), alone.evaluations.read()
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    for line, other in zip(lines, expected, strict=True):
+        assert line["kept"] == other["kept"] and line["images_scored"] == other["images_scored"]
+        found, wanted = (each["sets"]["unseen"] for each in (line, other))
+        for name in ("redness", "judge"):
+            assert found["rewards"][name] == pytest.approx(wanted["rewards"][name], rel=1e-5)
+        assert found["diversity"] == pytest.approx(wanted["diversity"], rel=1e-5)
+    for line, other in zip(both.metrics.read(), alone.metrics.read(), strict=True):
+        assert line["kl"] == pytest.approx(other["kl"], rel=1e-6)
+        assert line["live_steps"] == other["live_steps"]
+    assert line["kl"] > 0
 
 
 @pytest.mark.parametrize("estimator", worker.RESUMED)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
 
 import tiny
 from alignprop.adapters import Lora
@@ -13,10 +14,12 @@ from alignprop.estimators import AlignProp
 from alignprop.evaluation import Evaluation
 from alignprop.guard import NO_GUARD, Guard
 from alignprop.measures import Evaluated, diversity, evaluate, feature_diversity, saturated
-from alignprop.report import summarise
+from alignprop.progress import ProgressBar
+from alignprop.report import summarise, write_report
 from alignprop.report.watch import in_deviations, trained_curve, watch_of
+from alignprop.rewards import Clamped, WeightedSum
 from alignprop.rollout import Sampler
-from alignprop.runfolder import RunFolder
+from alignprop.runfolder import RunFolder, measured_alike
 from alignprop.tracking import MetricsFile
 from alignprop.trainer import Optimizer, Trainer
 from alignprop.truncation import Last
@@ -75,10 +78,12 @@ def test_unseen_prompts_decide_where_there_are_some():
     assert names(Guard(), first, fallen) == ["judge"]
 
 
-def test_a_judge_that_never_varied_raises_an_alarm_by_any_fall():
-    first, later = line(0, 1.0), line(1, 2.0, other=-1e-6)
+def test_a_judge_that_never_varied_counts_in_its_own_unit():
+    first = line(0, 1.0)
     first["sets"]["unseen"]["rewards"]["other"]["std"] = 0.0
-    assert [alarm.reason for alarm in Guard().alarms(first, later)] == ["other fell (0 → -1e-06)"]
+    assert names(Guard(max_fall=1.0), first, line(1, 2.0, other=-0.9)) == []
+    assert names(Guard(max_fall=1.0), first, line(1, 2.0, other=-1.1)) == ["other"]
+    assert Guard(judge_weight=1.0).value(first, line(1, 1.0, other=-0.5)) == pytest.approx(-0.25)
 
 
 def test_the_reason_has_the_numbers():
@@ -90,50 +95,82 @@ def test_the_reason_has_the_numbers():
     assert alarm.reason == "black and white values rose from 10% to 60%"
 
 
-def test_the_highest_reward_without_alarms_is_worth_most():
-    first = line(0, 1.0)
-    lines = [first, line(1, 3.0), line(2, 8.0, judge=0.0), line(3, 2.0)]
-    guarded = [Guard().value(first, each) for each in lines]
-    assert guarded == [1.0, 3.0, -math.inf, 2.0]
-    assert [Guard(keep="reward").value(first, each) for each in lines] == [1.0, 3.0, 8.0, 2.0]
+def test_what_an_adapter_is_worth_is_the_reward_and_the_judges_in_deviations():
+    guard, first = Guard(judge_weight=0.6, max_gain=5.0), line(0, 1.0)
+    assert guard.value(first, first) == 0
+    assert guard.value(first, line(1, 3.0)) == pytest.approx(2.0)  # the reward's deviation is 1
+    assert guard.value(first, line(1, 3.0, judge=3.0)) == pytest.approx(2.0 - 0.6 * 1.0 / 2)  # the judge's is 2
+    assert guard.value(first, line(1, 3.0, other=-0.4)) == pytest.approx(2.0 - 0.6 * 4.0 / 2)  # and the other's 0.1
+    assert guard.value(first, line(1, 3.0, judge=7.0, other=-0.1)) == pytest.approx(2.0)  # one makes up for the other
+    assert guard.value(first, line(1, 99.0)) == 5.0
+    assert Guard(max_gain=None).value(first, line(1, 99.0)) == pytest.approx(98.0)
+    assert guard.value(first, line(1, 0.0)) == pytest.approx(-1.0)
+
+
+def test_without_judges_the_reward_alone_counts():
+    first, later = line(0, 1.0), line(1, 3.0)
+    for each in (first, later):
+        each["trained"] = ["trained", "judge", "other"]
+    assert Guard().value(first, later) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("pictures", [{"diversity": 0.1}, {"feature_diversity": 0.1}, {"saturated": 0.6}])
+def test_pictures_that_are_all_the_same_or_burnt_out_are_not_kept(pictures):
+    first, later = line(0, 1.0), line(1, 3.0, **pictures)
+    assert Guard().value(first, later) == -math.inf
+    assert Guard(min_diversity=None, max_saturated=None).value(first, later) == pytest.approx(2.0)
+    assert Guard(keep="reward").value(first, later) == 3.0
+
+
+def test_a_judge_that_fell_is_weighed_and_bars_nothing():
+    first, later = line(0, 1.0), line(1, 5.0, judge=0.0)
+    assert names(Guard(), first, later) == ["judge"]
+    assert Guard(judge_weight=0.6).value(first, later) == pytest.approx(4.0 - 0.6 * 2.5 / 2)
+    assert [Guard(keep="reward").value(first, each) for each in (first, later)] == [1.0, 5.0]
 
 
 def test_the_objective_counts_where_rewards_are_clamped_or_normalised():
     first, clamped = line(0, 1.0), line(1, 9.0)
+    first["sets"]["unseen"]["objective"] = score(1.0, std=2.0)
     clamped["sets"]["unseen"]["objective"] = score(4.0)
-    assert Guard().value(first, clamped) == 4.0
+    assert Guard().value(first, clamped) == pytest.approx(1.5)
 
 
-LOST = {"judge": 0.0}
+LOST = {"other": -1.0}
+"""Ten deviations of one of two judges, which cost three of the reward."""
 
 
 @pytest.mark.parametrize(
     ("later", "ends"),
     [
-        ([(2.0, LOST), (3.0, LOST)], True),
+        ([(2.0, LOST), (3.0, LOST)], True),  # worth -2 and -1, and the base model 0
         ([(2.0, LOST)], False),  # too few
         ([(2.0, LOST), (3.0, {})], False),  # the judge has recovered
         ([(2.0, {}), (3.0, LOST)], False),  # not in a row
         ([(3.0, {}), (2.0, LOST), (2.5, LOST)], False),  # the reward fell as well: there is nothing to be fooled by
         ([(3.0, {}), (3.5, LOST), (4.0, LOST)], True),
+        ([(3.0, {}), (3.5, LOST), (4.0, {"other": -0.6})], False),  # worth 2, -0.5 and 1.2: a loss of 0.8
+        ([(3.0, {}), (3.5, LOST), (4.0, {"other": -0.7})], True),  # and here of 1.1
+        ([(2.0, LOST), (6.5, LOST)], False),  # the reward has gained as much as the judge has lost
         ([(2.0, {"diversity": 0.0}), (3.0, {"diversity": 0.0})], False),  # no judge fell
-        ([(2.0, LOST), (3.0, {"other": -1.0})], True),  # one judge or the other
+        ([(2.0, LOST), (3.0, {"judge": -19.0})], True),  # one judge or the other
         ([(2.0, LOST), (0.5, LOST)], False),
         ([(2.0, {"diversity": 0.0}), (3.0, LOST)], False),  # a judge in one of them alone
     ],
 )
 @pytest.mark.parametrize("keep", ["guarded", "reward"])
-def test_a_run_ends_when_judges_fall_while_the_reward_rises(later, ends, keep):
+def test_a_run_ends_when_judges_lose_more_than_the_reward_gains(later, ends, keep):
     lines = [line(0, 1.0), *(line(step, reward, **change) for step, (reward, change) in enumerate(later, 1))]
-    verdict = Guard(window=2, keep=keep).verdict(lines)
+    verdict = Guard(window=2, keep=keep, judge_weight=0.6, max_loss=0.9).verdict(lines)
     assert (verdict is not None) is ends
     assert Guard(window=None, keep=keep).verdict(lines) is None
 
 
 def test_the_verdict_says_why():
-    lines = [line(0, 1.0), line(1, 2.0, **LOST), line(2, 3.0, **LOST)]
+    lines = [line(0, 1.0), line(1, 2.0, **LOST), line(2, 3.0, judge=4.0, **LOST)]
     assert Guard(window=2).verdict(lines) == (
-        "the reward rises and judge fell by 2.5 deviations (5 → 0), 2 evaluations in a row"
+        "the reward rises and judge fell by 0.5 deviations (5 → 4), other fell by 10.0 deviations (0 → -1), "
+        "2 evaluations in a row"
     )
 
 
@@ -214,14 +251,15 @@ def greenness(images, prompts):
     return images[:, 1].mean((1, 2))
 
 
-def run_with(path, guard, *, steps=8, judges=None):
+def run_with(path, guard, *, steps=8, judges=None, reward=None, prompts=None):
     """A run whose reward rises at the cost of the judge: red pictures are not green."""
     judges = {"green": greenness, "embeds": Embeds()} if judges is None else judges
     folder = RunFolder(path)
-    evaluation = Evaluation(folder, {"unseen": ("a bee", "an elk")}, judges, every=1, images_per_prompt=2, guard=guard)
+    prompts = prompts or {"unseen": ("a bee", "an elk")}
+    evaluation = Evaluation(folder, prompts, judges, every=1, images_per_prompt=2, guard=guard)
     return Trainer(
         tiny.stable_diffusion(),
-        redness,
+        reward or redness,
         TRAIN,
         call=tiny.CALL,
         steps=steps,
@@ -242,11 +280,12 @@ def test_a_run_that_fools_its_reward_is_ended_and_keeps_what_was_sound(tmp_path)
     run = run_with(tmp_path, guard)
     run.train()
     lines = lines_of(tmp_path)
+    worth = [guard.worth(lines[0], each) for each in lines]
     warned = [each["step"] for each in lines if each["alarms"]]
     kept = [each["step"] for each in lines if each["kept"]][-1]
     assert warned and lines[-1]["step"] == run.step < 8
     assert lines[-1]["stopped"] == run.stopped and "green fell" in run.stopped
-    assert not lines[kept]["alarms"] and kept < warned[0]
+    assert kept == worth.index(max(worth)) < warned[-1] and max(worth[-2:]) < worth[kept] - guard.max_loss
     assert lines[-1]["sets"]["unseen"]["reward"]["mean"] > lines[kept]["sets"]["unseen"]["reward"]["mean"]
     plain = tiny.stable_diffusion()
     if kept:
@@ -286,7 +325,7 @@ def test_a_run_that_was_ended_stays_ended_unless_the_guard_lets_it_go_on(tmp_pat
     load_checkpoint(again, list_checkpoints(tmp_path / "checkpoints")[-1])
     again.train()
     assert again.step == run.step and again.stopped == run.stopped
-    free = run_with(tmp_path, Guard(max_fall=None, window=2))
+    free = run_with(tmp_path, Guard(judge_weight=0.0, window=2))
     load_checkpoint(free, list_checkpoints(tmp_path / "checkpoints")[-1])
     free.train()
     assert free.step == 8 and free.stopped is None
@@ -302,6 +341,70 @@ def test_a_resumed_run_measures_the_distance_from_the_same_base(tmp_path):
         for name in ("distance", "feature_distance", "feature_diversity", "saturated"):
             assert parts["sets"]["unseen"][name] == whole["sets"]["unseen"][name], name
     assert whole["sets"]["unseen"]["distance"] > 0.01
+
+
+def resumed(path, at, **changes):
+    """The run, gone on with from a checkpoint."""
+    rest = run_with(path, **({"guard": NO_GUARD} | changes))
+    load_checkpoint(rest, path / "checkpoints" / f"step-{at:06d}")
+    rest.train()
+    return measured_alike(lines_of(path))
+
+
+GREEN = {"green": greenness}
+BLUE = {"blue": lambda images, prompts: images[:, 2].mean((1, 2))}
+
+
+def test_a_judge_that_comes_with_a_resume_is_held_against_the_base_model(tmp_path):
+    """Not against what it first saw, which may have fallen already."""
+    run_with(tmp_path / "with", NO_GUARD, steps=6, judges=GREEN).train()
+    run_with(tmp_path / "later", NO_GUARD, steps=4, judges=BLUE).train()
+    guard = Guard(max_fall=0.01)
+    lines = resumed(tmp_path / "later", 4, steps=6, judges=GREEN, guard=guard)
+    expected = lines_of(tmp_path / "with")
+    assert [each["step"] for each in lines] == [0, 5, 6] and lines[0]["base"]
+    for line, other in zip(lines, (expected[0], *expected[-2:]), strict=True):
+        assert line["sets"] == other["sets"] and line["terms"] == other["terms"]
+    assert [each["alarms"] for each in lines[1:]] == [
+        [alarm.reason for alarm in guard.alarms(expected[0], each)] for each in expected[-2:]
+    ]
+    assert lines[-1]["alarms"]
+    again = resumed(tmp_path / "later", 5, steps=7, judges=GREEN)
+    assert [each["step"] for each in again] == [0, 5, 6, 7] and again[:2] == lines[:2]  # nothing is measured anew
+    summary = summarise(tmp_path / "later")
+    assert (summary.first_step, {change.reward for change in summary.changes}) == (0, {"redness", "green"})
+    assert watch_of(again, 0, 0.01).judges == ("green",)
+    page = write_report(tmp_path / "later").read_text()
+    assert "green" in page and "blue" not in page
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        WeightedSum({"redness": redness}, {"redness": 2.0}),
+        WeightedSum({"redness": Clamped(redness, 0.1)}, {"redness": 1.0}),
+        WeightedSum({"greenness": greenness}, {"greenness": 1.0}),
+    ],
+)
+def test_other_rewards_are_compared_with_the_base_model_anew(tmp_path, objective):
+    run_with(tmp_path, NO_GUARD, steps=2, judges=BLUE).train()
+    lines = resumed(tmp_path, 2, steps=3, judges=BLUE, reward=objective)
+    assert [each["step"] for each in lines] == [0, 3] and lines[1]["kept"]
+    assert lines[0]["terms"] == objective.terms == lines[1]["terms"]
+    if "redness" in objective.weights:
+        before = lines_of(tmp_path)[0]["sets"]["unseen"]["rewards"]["redness"]
+        assert lines[0]["sets"]["unseen"]["rewards"]["redness"] == before  # it is the base model
+
+
+def test_other_prompts_are_compared_with_the_base_model_anew(tmp_path):
+    run_with(tmp_path, NO_GUARD, steps=2).train()
+    lines = resumed(tmp_path, 2, steps=3, prompts={"seen": TRAIN})
+    assert [list(each["sets"]) for each in lines] == [["seen"], ["seen"]]
+    assert "unseen prompts" not in write_report(tmp_path).read_text()
+    bar = ProgressBar(Console(record=True), RunFolder(tmp_path))
+    bar._told = 3  # what was measured before
+    bar._tell_evaluations()
+    assert bar.console.export_text().count("on seen prompts: redness") == 2
 
 
 def test_the_watch_shows_what_is_trained_and_its_judges_in_deviations(tmp_path):

@@ -263,22 +263,26 @@ def test_several_trained_rewards_are_summed_up_by_their_weighted_sum(run_dir):
 
 
 def test_a_run_that_never_beat_its_base_says_so(run_dir):
-    rewrite(run_dir / "evaluation.jsonl", lambda record: {**record, "kept": record["step"] == 0})
+    sets = json.loads((run_dir / "evaluation.jsonl").read_text().splitlines()[0])["sets"]
+    rewrite(run_dir / "evaluation.jsonl", lambda record: {**record, "kept": record["step"] == 0, "sets": sets})
     summary = summarise(run_dir)
     assert summary.lead.startswith(
-        "No evaluation beat the first one; the latest: emoji-aesthetic on 8 unseen prompts: 4.83 → 7.70"
+        "No evaluation beat the first one; the latest: emoji-aesthetic on 8 unseen prompts: 4.83 → 4.83"
     )
+    assert summary.guard_notes == ()
     assert (summary.kept_step, summary.compared_step) == (0, 80)
 
 
 def test_a_run_of_which_the_guard_kept_the_base_says_so(run_dir):
-    def barred(record):
-        return {**record, "kept": record["step"] == 0, "alarms": ["emoji-clip fell"] if record["step"] else []}
-
-    rewrite(run_dir / "evaluation.jsonl", barred)
-    assert summarise(run_dir).lead.startswith(
+    rewrite(run_dir / "evaluation.jsonl", lambda record: {**record, "kept": record["step"] == 0, "alarms": []})
+    summary = summarise(run_dir)
+    assert summary.lead.startswith(
         "The guard kept the base model; the latest: emoji-aesthetic on 8 unseen prompts: 4.83 → 7.70"
     )
+    (note,) = summary.guard_notes
+    assert note.startswith("The guard keeps the base model, and not step 60 (reward 7.91 in place of 4.83): its judges")
+    rewrite(run_dir / "evaluation.jsonl", lambda record: {**record, "alarms": ["emoji-clip fell"]})
+    assert summarise(run_dir).guard_notes[0].endswith("(reward 7.91 in place of 4.83): emoji-clip fell.")
 
 
 @pytest.mark.parametrize(

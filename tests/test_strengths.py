@@ -12,6 +12,7 @@ from alignprop.adapters import Lora
 from alignprop.cli import app
 from alignprop.cli.strengths import read_strengths
 from alignprop.config import ConfigError
+from alignprop.guard import Guard
 from alignprop.rollout import Sampler
 from alignprop.strength import set_strength
 
@@ -121,16 +122,19 @@ def test_every_strength_is_measured_against_the_base_model(a_run):
 @pytest.mark.parametrize(("keep", "guarded"), [("reward", False), ("guarded", True)])
 def test_the_best_strength_is_the_best_by_the_runs_own_guard(a_run, keep, guarded):
     config = yaml.safe_load((a_run / "config.yaml").read_text())
-    config["guard"]["keep"] = keep
+    config["guard"] |= {"keep": keep, "judge_weight": 50.0}  # so that half of what it costs is too much
     (a_run / "config.yaml").write_text(yaml.safe_dump(config))
     found = json.loads(
         command("evaluate", a_run, "--strengths", "0.1,0.4,1", "--images-per-prompt", 2, "--json").output
     )
     lines = found["strengths"]
-    rewards = {
-        line["step"]: line["sets"]["unseen"]["reward"]["mean"] for line in lines if not (guarded and line["alarms"])
-    }
-    assert found["best"] == max(rewards, key=rewards.get)
+    rewards = {line["step"]: line["sets"]["unseen"]["reward"]["mean"] for line in lines}
+    highest = max(rewards, key=rewards.get)
+    assert (found["best"] != highest) is guarded
+    if guarded:
+        guard = Guard(**config["guard"])
+        worth = {line["step"]: guard.worth(lines[0], line) for line in lines}
+        assert found["best"] == max(worth, key=worth.get)
     greens = [line["sets"]["unseen"]["rewards"]["green"] for line in lines]
     fallen = [green["mean"] < greens[0]["mean"] - 0.3 * greens[0]["std"] for green in greens]
     assert fallen == [bool(line["alarms"]) for line in lines] and any(fallen) and not all(fallen[1:])

@@ -15,6 +15,7 @@ from alignprop.adapters import Lora
 from alignprop.checkpointing import CheckpointError, Checkpoints, list_checkpoints, load_checkpoint, save_checkpoint
 from alignprop.estimators import AlignProp
 from alignprop.evaluation import Evaluation
+from alignprop.guard import NO_GUARD
 from alignprop.measures import diversity, evaluate
 from alignprop.probe import probe, require
 from alignprop.rollout import Sampler
@@ -278,7 +279,11 @@ def test_ctrl_c_ends_the_run_between_two_steps(tmp_path):
 def test_the_best_adapter_on_unseen_prompts_is_kept(tmp_path):
     """With a rate that is far too high the last adapter is not the best one."""
     run = trainer(
-        callbacks=callbacks(tmp_path), call=tiny.CALL, dropout=0.0, optimizer=Optimizer(learning_rate=0.1), steps=8
+        callbacks=callbacks(tmp_path, guard=NO_GUARD),
+        call=tiny.CALL,
+        dropout=0.0,
+        optimizer=Optimizer(learning_rate=0.1),
+        steps=8,
     )
     run.train()
     lines = RunFolder(tmp_path).evaluations.read()
@@ -392,7 +397,7 @@ def test_the_last_checkpoint_holds_what_the_last_evaluation_found_best(tmp_path)
     """Saved in the last step, before the evaluation at the end of the run has looked at it."""
     fast = Optimizer(learning_rate=3e-2)
     folder = RunFolder(tmp_path)
-    evaluation = Evaluation(folder, {"train": TRAIN[:2]}, every=2, images_per_prompt=2)
+    evaluation = Evaluation(folder, {"train": TRAIN[:2]}, every=2, images_per_prompt=2, guard=NO_GUARD)
     run = trainer(steps=9, optimizer=fast, callbacks=[evaluation, Checkpoints(folder, every=3)])
     run.train()
     assert folder.evaluations.read()[-1]["kept"] and folder.evaluations.read()[-1]["step"] == 9

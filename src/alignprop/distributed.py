@@ -1,14 +1,16 @@
 """Several processes: one all-reduce of the gradients, seeds that know the rank, and gathering."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
+
+Result = TypeVar("Result")
 
 
 def process() -> PartialState:
@@ -40,6 +42,22 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def gather(objects: list[Any]) -> list[Any]:
     """The objects of all processes in order of rank, on every process."""
     return gather_object(objects) if process().num_processes > 1 else objects
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Do this process's part of a work.
+
+    Raises:
+        ValueError: one of the processes raised it; on all of them, as the others would wait for what it was to give.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except ValueError as error:
+        failure = str(error)
+    if failures := [message for message in gather([failure]) if message is not None]:
+        raise ValueError(failures[0])
+    return cast(Result, result)
 
 
 def check_identical(parameters: Sequence[nn.Parameter]) -> None:

@@ -14,7 +14,7 @@ from alignprop.measures import Evaluated, evaluate, statistics
 from alignprop.pictures import save_grid
 from alignprop.pixels import to_pil
 from alignprop.rewards import Reward, WeightedSum, stills
-from alignprop.runfolder import RunFolder
+from alignprop.runfolder import RunFolder, measured_alike
 from alignprop.trainer import Callback, Metrics, Trainer
 
 
@@ -28,12 +28,6 @@ def optimised(objective: WeightedSum, scores: Mapping[str, Tensor], first: Mappi
     """
     units = {name: first[name]["std"] or 1.0 for name in objective.normalised}
     return objective.add_up({name: part / units.get(name, 1.0) for name, part in objective.clamp(scores).items()})
-
-
-def _is_of(line: Mapping[str, Any], objective: WeightedSum) -> bool:
-    """Whether an evaluation measured the same objective, as far as can be known."""
-    measured = next(iter(line["sets"].values()))
-    return line["trained"] == list(objective.weights) and ("objective" in measured) == objective.is_shaped
 
 
 def summaries(
@@ -102,9 +96,11 @@ class Evaluation(Callback):
             self.folder.evaluations.rewind(trainer.step if trainer.step else -1)
         distributed.process().wait_for_everyone()
         lines = self.folder.evaluations.read() if trainer.step else []
-        self._lines = [line for line in lines if _is_of(line, trainer.objective)]
-        self._best = max((self._value(line) for line in self._lines if line["kept"]), default=float("-inf"))
         self._base: dict[str, Evaluated] | None = None
+        self._lines = list(measured_alike(lines))
+        if lines and not self._measures_alike(lines[-1], trainer.objective):
+            self._lines = [self._base_anew(trainer)]
+        self._best = max((self._value(line) for line in self._lines if line["kept"]), default=float("-inf"))
         self._evaluated = lines[-1]["step"] if lines else -1
         if trainer.best is not None and distributed.process().is_main_process:
             self._save(
@@ -115,6 +111,37 @@ class Evaluation(Callback):
         self._interval = self._intervals_passed(trainer)
         if not lines:
             self._evaluate(trainer)
+
+    def _measures_alike(self, line: Mapping[str, Any], objective: WeightedSum) -> bool:
+        """Whether an evaluation measured what this one does, as far as can be known."""
+        kinds = {name: (len(prompts), len(prompts) * self.images_per_prompt) for name, prompts in self.prompts.items()}
+        found = {name: (values["num_prompts"], values["num_images"]) for name, values in line["sets"].items()}
+        names = {name for values in line["sets"].values() for name in values["rewards"]}
+        terms = line.get("terms", objective.terms if line["trained"] == list(objective.weights) else None)
+        return kinds == found and names == {*objective.weights, *self.judges} and terms == objective.terms
+
+    def _base_anew(self, trainer: Trainer) -> dict[str, Any]:
+        """The base model's evaluation in a run that is resumed with other rewards, judges or prompts than before."""
+        began = time.perf_counter()
+        with trainer.adapter.disabled():
+            results = self._measure(trainer)
+        self._base = {name: result.compact() for name, result in results.items()}
+        counts = dict.fromkeys(("images_scored", "denoiser_calls", "train_seconds"), 0)
+        line = {
+            "step": 0,
+            "base": True,
+            **counts,
+            **self._measured(results, self._base, trainer.objective, None),
+            "kept": False,  # what was kept before this was measured is not comparable
+            "alarms": [],
+            "stopped": None,
+            "seconds": time.perf_counter() - began,
+        }
+        if distributed.process().is_main_process:
+            for name, result in results.items():
+                draw(result, self.folder.samples(0) / f"{name}.png")
+            self.folder.evaluations.append(line)
+        return line
 
     def step(self, trainer: Trainer, metrics: Metrics) -> None:
         """Evaluate when it is time."""
@@ -143,8 +170,7 @@ class Evaluation(Callback):
             "images_scored": trainer.images_scored,
             "denoiser_calls": trainer.denoiser_calls,
             "train_seconds": trainer.train_seconds,
-            "trained": list(trainer.objective.weights),
-            "sets": summaries(
+            **self._measured(
                 results,
                 self._base_results(trainer, results),
                 trainer.objective,
@@ -165,6 +191,17 @@ class Evaluation(Callback):
             trainer.stop(line["stopped"])
         distributed.process().wait_for_everyone()
 
+    @staticmethod
+    def _measured(
+        results: Mapping[str, Evaluated],
+        base: Mapping[str, Evaluated],
+        objective: WeightedSum,
+        first: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """What was optimised, and the measures by set of prompts."""
+        names = {"trained": list(objective.weights), "terms": objective.terms}
+        return {**names, "sets": summaries(results, base, objective, first)}
+
     def _measure(self, trainer: Trainer) -> dict[str, Evaluated]:
         rewards = {**trainer.objective.rewards, **self.judges}
         return {
@@ -179,7 +216,7 @@ class Evaluation(Callback):
             for name, prompts in self.prompts.items()
         }
 
-    def _base_results(self, trainer: Trainer, results: dict[str, Evaluated]) -> dict[str, Evaluated]:
+    def _base_results(self, trainer: Trainer, results: Mapping[str, Evaluated]) -> dict[str, Evaluated]:
         """What the base model draws at the same seeds: the first evaluation, drawn again in a run that is resumed."""
         if self._base is None:
             if trainer.step:

@@ -27,8 +27,31 @@ def measured(line: Line) -> Mapping[str, Any]:
 
 def objective(line: Line) -> float:
     """What is optimised, on those prompts: the weighted sum of the trained rewards, clamped and normalised."""
+    return float(_objective_scores(line)["mean"])
+
+
+def _objective_scores(line: Line) -> Mapping[str, float]:
     found = measured(line)
-    return float(found.get("objective", found["reward"])["mean"])
+    scores: Mapping[str, float] = found.get("objective", found["reward"])
+    return scores
+
+
+def _unit(scores: Mapping[str, float]) -> float:
+    """What single pictures vary by; 1 where they do not, as a change has no other unit then than the scores' own."""
+    return scores["std"] or 1.0
+
+
+def _judged(first: Line, line: Line) -> Iterator[tuple[str, float, str]]:
+    """Each judge with its change since the base model's evaluation, in deviations, and both means in words."""
+    before, after = measured(first)["rewards"], measured(line)["rewards"]
+    for name in before:
+        if name not in line["trained"] and name in after:
+            then, now = before[name]["mean"], after[name]["mean"]
+            yield name, (now - then) / _unit(before[name]), f"{then:.3g} → {now:.3g}"
+
+
+def _fall(name: str, change: float, means: str) -> str:
+    return f"{name} fell by {-change:.1f} deviations ({means})"
 
 
 @dataclass(frozen=True)
@@ -48,59 +71,74 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Guard:
-    """Keeps the adapter with the highest trained reward among those that raise no alarm, and stops a lost run.
+    """Keeps the adapter whose reward has risen most for what its judges have lost, and stops a lost run.
 
-    Alarms compare an evaluation with the base model's, at the same prompts and seeds.
+    An evaluation is compared with the base model's, at the same prompts and seeds. Changes of a reward or a judge are
+    in standard deviations of its scores of the base model's single pictures, so that they can be added up:
+
+        worth = min(gain of the trained reward, max_gain) + judge_weight · mean change of the judges
+
+    An adapter whose pictures have lost their diversity or are burnt out is not kept, whatever it is worth.
 
     Attributes:
         keep: ``guarded`` for the rule above; ``reward`` keeps the highest trained reward, whatever it cost.
-        max_fall: a judge raises an alarm if its mean falls by more than so many standard deviations of its scores of
-            the base model's single pictures; None never does.
+        judge_weight: what a deviation of the mean judge is worth, in deviations of the trained reward.
+        max_gain: a gain of the trained reward counts no more above so many deviations; None counts all of it.
+        max_fall: a judge raises an alarm if its mean falls by more than so many deviations; None never does.
         min_diversity: there is one if the diversity of a prompt's pictures, of pixels or of features, falls below
             this fraction of the base model's; None never does.
         max_saturated: there is one if the share of black or white values in the pictures rises by more than this;
             None never does.
-        window: the run is stopped after so many evaluations in a row in which a judge raised an alarm and the reward
-            was above that of every evaluation without alarms; None never stops.
+        window: the run is stopped after so many evaluations in a row with a higher reward than the best one that are
+            worth less than it by more than ``max_loss``: the judges have lost what the reward has gained, and more.
+            None never stops.
+        max_loss: in deviations of the trained reward.
     """
 
     keep: Literal["guarded", "reward"] = "guarded"
+    judge_weight: float = 0.6
+    max_gain: float | None = 5.0
     max_fall: float | None = 1.0
     min_diversity: float | None = 0.5
     max_saturated: float | None = 0.2
     window: int | None = 3
+    max_loss: float = 1.0
 
     def alarms(self, first: Line, line: Line) -> list[Alarm]:
         """What has become worse than is tolerated since the base model's evaluation."""
         return [*self._judges(first, line), *self._diversities(first, line), *self._saturation(first, line)]
 
     def value(self, first: Line, line: Line) -> float:
-        """The criterion by which adapters are compared: minus infinity for those that raise an alarm."""
-        barred = self.keep == "guarded" and self.alarms(first, line)
-        return float("-inf") if barred else objective(line)
+        """The criterion by which adapters are compared; 0 for the base model, where it is guarded."""
+        return objective(line) if self.keep == "reward" else self._guarded_value(first, line)
+
+    def _guarded_value(self, first: Line, line: Line) -> float:
+        barred = [*self._diversities(first, line), *self._saturation(first, line)]
+        return float("-inf") if barred else self.worth(first, line)
+
+    def worth(self, first: Line, line: Line) -> float:
+        """What an adapter is worth by the reward and the judges, in deviations; 0 for the base model."""
+        gain = (objective(line) - objective(first)) / _unit(_objective_scores(first))
+        changes = [change for _, change, _ in _judged(first, line)]
+        watched = self.judge_weight * sum(changes) / len(changes) if changes else 0.0
+        return (gain if self.max_gain is None else min(gain, self.max_gain)) + watched
 
     def verdict(self, lines: Sequence[Line]) -> str | None:
         """Why to stop after the last of these evaluations of a run; None to go on."""
         if self.window is None:
             return None
         first, latest = lines[0], lines[-self.window :]
-        sound = max(objective(line) for line in lines if not self.alarms(first, line))  # the first always is
-        fallen = [[alarm for alarm in self.alarms(first, line) if alarm.is_judge] for line in latest]
-        if not all(fallen) or any(objective(line) <= sound for line in latest):
+        best = max(lines, key=lambda line: self._guarded_value(first, line))  # the first of equal ones
+        enough = self.worth(first, best) - self.max_loss
+        if any(objective(line) <= objective(best) or self.worth(first, line) >= enough for line in latest):
             return None
-        reasons = ", ".join(alarm.reason for alarm in fallen[-1])
-        return f"the reward rises and {reasons}, {self.window} evaluations in a row"
+        fallen = [_fall(name, change, means) for name, change, means in _judged(first, latest[-1]) if change < 0]
+        return f"the reward rises and {', '.join(fallen)}, {self.window} evaluations in a row"
 
     def _judges(self, first: Line, line: Line) -> Iterator[Alarm]:
-        before, after = measured(first)["rewards"], measured(line)["rewards"]
-        for name in before:
-            if self.max_fall is None or name in line["trained"] or name not in after:
-                continue
-            fall = before[name]["mean"] - after[name]["mean"]
-            unit = before[name]["std"]
-            if fall > self.max_fall * unit:
-                by = f" by {fall / unit:.1f} deviations" if unit else ""
-                yield Alarm(name, True, f"{name} fell{by} ({before[name]['mean']:.3g} → {after[name]['mean']:.3g})")
+        for name, change, means in _judged(first, line):
+            if self.max_fall is not None and change < -self.max_fall:
+                yield Alarm(name, True, _fall(name, change, means))
 
     def _diversities(self, first: Line, line: Line) -> Iterator[Alarm]:
         names = {"diversity": "diversity", "feature_diversity": "diversity of features"}

@@ -110,7 +110,10 @@ def distance(images: Tensor, base: Tensor) -> float:
         images: (N, S, ...) in [0, 1].
         base: alike.
     """
-    return (images.double() - base.double()).flatten(2).square().mean(-1).sqrt().mean().item()
+    # One prompt after another, as double precision of all pictures would take many times their memory.
+    pairs = zip(images, base, strict=True)
+    by_prompt = [(after.double() - before.double()).flatten(1).square().mean(1).sqrt() for after, before in pairs]
+    return torch.stack(by_prompt).mean().item()
 
 
 def feature_distance(features: Tensor, base: Tensor) -> float:
@@ -162,6 +165,9 @@ def evaluate(
         images_per_prompt: pictures of each prompt; their seeds depend on the prompt's place and on ``seed``.
         batch_size: pictures sampled at a time.
         seed: the same seed gives the same noise.
+
+    Raises:
+        ValueError: a reward's scores are not what they should be, on any of the processes.
     """
     jobs = [
         (prompt, distributed.derive_seed(seed, place, copy))
@@ -171,7 +177,8 @@ def evaluate(
     process = distributed.process()
     share = -(-len(jobs) // process.num_processes)
     mine = jobs[process.process_index * share : (process.process_index + 1) * share]
-    parts = [_drawn(sampler, mine[first : first + batch_size], rewards) for first in range(0, len(mine), batch_size)]
+    places = range(0, len(mine), batch_size)
+    parts = distributed.together(lambda: [_drawn(sampler, mine[n : n + batch_size], rewards) for n in places])
     images, scores, features = (distributed.gather([part[column] for part in parts]) for column in range(3))
     shape = (len(prompts), images_per_prompt)
     return Evaluated(

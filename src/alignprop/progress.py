@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from alignprop.runfolder import RunFolder
+from alignprop.runfolder import RunFolder, measured_alike
 from alignprop.trainer import Callback, Metrics, Trainer
 
 _RECENT = 5
@@ -74,7 +74,7 @@ class ProgressBar(Callback):
     def _tell_evaluations(self) -> None:
         lines = self.folder.evaluations.read()
         for line in lines[self._told :]:
-            self.console.print(evaluation_line(line, lines[0]))
+            self.console.print(evaluation_line(line, measured_alike(lines)[0]))
         self._told = len(lines)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,11 @@ class RunFolder:
     def samples(self, step: int) -> Path:
         """The picture grids of an evaluation."""
         return self.path / "samples" / f"step-{step:06d}"
+
+
+def measured_alike(evaluations: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The evaluations since a resume last changed what is measured: the base model's, which is measured anew, first."""
+    return evaluations[max((place for place, line in enumerate(evaluations) if line.get("base")), default=0) :]
 
 
 def is_taken(path: Path) -> bool:

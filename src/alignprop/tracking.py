@@ -66,7 +66,8 @@ class Trackers(Callback):
         if distributed.process().is_main_process:
             lines = evaluations.read()
             for line in lines[self._evaluations_sent :]:
-                self._accelerator.log(_flat(line["sets"], "evaluation/"), step=line["step"])
+                if not line.get("base"):  # trackers do not go back to an earlier step
+                    self._accelerator.log(_flat(line["sets"], "evaluation/"), step=line["step"])
             self._evaluations_sent = len(lines)
 
 

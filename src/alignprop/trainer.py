@@ -209,15 +209,10 @@ class Trainer:
         return partial(Regulariser, self.regularisation, self.adapter.disabled) if self.regularisation.active else None
 
     def _each_micro_batch(self, work: Callable[[int], Result]) -> list[Result]:
-        results, failure = [], None
         try:
-            results = [work(micro_batch) for micro_batch in range(self.accumulation)]
-        except ValueError as error:  # told to the other processes, which would wait for what this one has
-            failure = str(error)
-        failures = [message for message in distributed.gather([failure]) if message]
-        if failures:
-            raise TrainingStopped(f"step {self.step + 1}: {failures[0]}")
-        return results
+            return distributed.together(lambda: [work(micro_batch) for micro_batch in range(self.accumulation)])
+        except ValueError as error:
+            raise TrainingStopped(f"step {self.step + 1}: {error}") from error
 
     def _score(self, micro_batch: int) -> dict[str, Tensor]:
         """The rewards of a micro-batch of the present step, by name, without a gradient."""
@@ -279,8 +274,7 @@ class Trainer:
             "rewards": {name: values.mean().item() for name, values in parts.items()},
             **optimised,
             "lr": self.adamw.param_groups[0]["lr"],
-            "live_steps": sum(e.live_steps for e in estimates) / len(estimates),
-            **{name: sum(e.facts[name] for e in estimates) / len(estimates) for name in estimates[0].facts},
+            **_mean_facts(estimates),
             "images_scored": self.images_scored,
             "denoiser_calls": self.denoiser_calls,
             "peak_memory_mb": peak_resident_bytes(estimates[0].scores.device) / 2**20,
@@ -331,6 +325,12 @@ class Trainer:
 def _view_seeds(seeds: Sequence[int]) -> list[int]:
     """Seeds of what is drawn for a picture beside its noise, given those of the noise."""
     return [distributed.derive_seed(seed, _VIEWS) for seed in seeds]
+
+
+def _mean_facts(estimates: Sequence[Estimate]) -> dict[str, float]:
+    """The live steps and what else micro-batches tell, in the mean over those of all processes."""
+    told = distributed.gather([{"live_steps": estimate.live_steps, **estimate.facts} for estimate in estimates])
+    return {name: sum(facts[name] for facts in told) / len(told) for name in told[0]}
 
 
 def _gathered(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

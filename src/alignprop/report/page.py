@@ -18,7 +18,7 @@ from alignprop.report.pages import data_uri, page_template, require_pages, versi
 from alignprop.report.records import PICTURES, Record, config_of, in_order, is_trained, measures_of, prompt_sets
 from alignprop.report.summary import Summary, summarise
 from alignprop.report.watch import watch_of
-from alignprop.runfolder import RunFolder, write_atomically
+from alignprop.runfolder import RunFolder, measured_alike, write_atomically
 
 MAX_STRIP = 16
 """At most so many evaluations are shown in the strip of pictures."""
@@ -32,19 +32,19 @@ def write_report(run_dir: Path) -> Path:
     """
     require_pages()
     folder, summary = RunFolder(run_dir), summarise(run_dir)
-    metrics, evaluations = folder.metrics.read(), folder.evaluations.read()
-    config = config_of(folder)
+    metrics, evaluations = folder.metrics.read(), measured_alike(folder.evaluations.read())
+    config, sets = config_of(folder), prompt_sets(evaluations)
     page = page_template("report.html.j2").render(
         summary=summary,
-        sets=prompt_sets(evaluations),
+        sets=sets,
         max_curves=MAX_CURVES,
         evaluations=evaluations,
         measures=measures_of,
         charts=_charts(metrics, evaluations, summary.kept_step),
         watch=watch_of(evaluations, summary.kept_step, (config.get("guard") or {}).get("max_fall")),
         guarded=config.get("guard") is not None,
-        pairs=_pairs(folder, summary),
-        strip=_strip(folder, summary),
+        pairs=_pairs(folder, summary, sets),
+        strip=_strip(folder, summary, sets),
         settings=dict(_flatten(config)),
         model=config.get("model", {}).get("name"),
         call=_call(config),
@@ -118,19 +118,19 @@ class _Picture:
     uri: str
 
 
-def _pairs(folder: RunFolder, summary: Summary) -> dict[str, list[_Picture]]:
+def _pairs(folder: RunFolder, summary: Summary, sets: Sequence[str]) -> dict[str, list[_Picture]]:
     """By set of prompts: the pictures of the first evaluation and of the one that it is compared with."""
     steps = [step for step in (summary.first_step, summary.compared_step) if step is not None]
-    grids = {prompts: _grids(folder, prompts) for prompts in _sampled_sets(folder)}
+    grids = {prompts: _grids(folder, prompts) for prompts in _sampled_sets(folder) if prompts in sets}
     return {
         prompts: [_picture(paths[step], step, max_width=2000) for step in steps if step in paths]
         for prompts, paths in grids.items()
     }
 
 
-def _strip(folder: RunFolder, summary: Summary) -> list[_Picture]:
+def _strip(folder: RunFolder, summary: Summary, sets: Sequence[str]) -> list[_Picture]:
     """The first set's pictures by step: at most `MAX_STRIP` evenly spaced ones and the kept one."""
-    paths = next((_grids(folder, prompts) for prompts in _sampled_sets(folder)), {})
+    paths = next((_grids(folder, prompts) for prompts in _sampled_sets(folder) if prompts in sets), {})
     steps = np.array(list(paths), dtype=int)
     shown = steps[np.linspace(0, len(steps) - 1, min(len(steps), MAX_STRIP)).round().astype(int)]
     return [

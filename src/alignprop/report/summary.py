@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignprop.guard import objective
 from alignprop.report.records import Record, config_of, is_trained, kept_of, prompt_sets, scores_of
 from alignprop.report.watch import guard_notes
 from alignprop.report.wording import number, prompts_in_words, signed
-from alignprop.runfolder import RunFolder
+from alignprop.runfolder import RunFolder, measured_alike
 
 MAX_FALL = 0.05
 """A reward that is not trained may fall by this fraction of the base's before the page warns."""
@@ -91,7 +92,7 @@ class Summary:
 def summarise(run_dir: Path) -> Summary:
     """Read the outcome of a run from its folder."""
     folder = RunFolder(run_dir)
-    metrics, evaluations = folder.metrics.read(), folder.evaluations.read()
+    metrics, evaluations = folder.metrics.read(), measured_alike(folder.evaluations.read())
     steps = metrics[-1]["step"] if metrics else 0
     first = evaluations[0] if evaluations else None
     kept = kept_of(evaluations)
@@ -160,12 +161,8 @@ def _headline(
     lead, *others = (change for change in changes if change.prompts == changes[0].prompts)
     start = ""
     if kept is first:
-        why = (
-            "The guard kept the base model"
-            if compared and compared.get("alarms")
-            else "No evaluation beat the first one"
-        )
-        start = f"{why}; the latest: "
+        rose = compared is not None and objective(compared) > objective(first)
+        start = f"{'The guard kept the base model' if rose else 'No evaluation beat the first one'}; the latest: "
     where = f"{lead.num_prompts} {prompts_in_words(lead.prompts)}"
     sentence = f"{start}{lead.reward} on {where}: {_arrow(lead)}{_in_deviations(lead)}"
     return sentence, tuple(f"{other.reward} {_arrow(other)}{_of_base(other)}" for other in others if not other.trained)

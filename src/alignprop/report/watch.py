@@ -91,7 +91,8 @@ def _notes(evaluations: Sequence[Record]) -> Iterator[str]:
     if reason := evaluations[-1].get("stopped"):
         yield f"The guard ended the run after step {evaluations[-1]['step']}: {reason}."
     highest = max(evaluations, key=objective)
-    if objective(highest) > objective(kept) and highest.get("alarms"):
+    if objective(highest) > objective(kept):
         what = "the base model" if kept is evaluations[0] else f"step {kept['step']}"
         rewards = f"reward {number(objective(highest))} in place of {number(objective(kept))}"
-        yield f"The guard keeps {what}, and not step {highest['step']} ({rewards}): {', '.join(highest['alarms'])}."
+        why = ", ".join(highest.get("alarms", ())) or "its judges have lost what the reward has gained"
+        yield f"The guard keeps {what}, and not step {highest['step']} ({rewards}): {why}."

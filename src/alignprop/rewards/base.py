@@ -103,6 +103,18 @@ class WeightedSum(nn.Module):
         """Whether more than the weighted sum of the scores is optimised: one of them is clamped or normalised."""
         return bool(self.clamped or self.normalised)
 
+    @property
+    def terms(self) -> dict[str, dict[str, Any]]:
+        """What is optimised, in the words of a recipe."""
+        return {
+            name: {
+                "weight": weight,
+                "clamp_above": self.clamped[name].above if name in self.clamped else None,
+                "normalise": name in self.normalised,
+            }
+            for name, weight in self.weights.items()
+        }
+
     def components(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Score each reward alone, in its own unit: by name, each of shape (B,)."""
         return {name: self.component(name, images, prompts) for name in self._scored}

@@ -103,7 +103,8 @@ def require_alike(adapters: Mapping[str, StoredAdapter], *, same_model: bool = F
         same_model: that the user knows it, whatever the headers say.
 
     Raises:
-        ValueError: the headers name different models or pipelines, or the layouts or the layers' shapes differ.
+        ValueError: the headers name different models or pipelines, the layouts or the layers' shapes differ, or there
+            is no part of the model that all of them adapt.
     """
     (first, known), *others = adapters.items()
     for name, other in others:
@@ -126,7 +127,19 @@ def require_alike(adapters: Mapping[str, StoredAdapter], *, same_model: bool = F
                 f"{first} and {name} name the layers of a text encoder in two ways: load one into a pipeline, and save "
                 "it again."
             )
+    _require_shared_part(adapters)
     require_same_shapes({name: adapter.updates for name, adapter in adapters.items()})
+
+
+def _require_shared_part(adapters: Mapping[str, StoredAdapter]) -> None:
+    """Refuse adapters of a denoiser and of a text encoder, say, which would not be mixed but put beside each other."""
+    parts = {name: sorted({layer.split(".", 1)[0] for layer in each.updates}) for name, each in adapters.items()}
+    if not set.intersection(*map(set, parts.values())):
+        told = ", ".join(f"{name} is of {' and '.join(found)}" for name, found in parts.items())
+        raise ValueError(
+            f"There is no part of the model that all adapters change ({told}): mix adapters of the same part, or load "
+            "them side by side."
+        )
 
 
 def _text_names(adapter: StoredAdapter) -> set[str]:

@@ -11,7 +11,8 @@ import tiny
 from alignprop.adapters import Lora
 from alignprop.cli import app
 from alignprop.cli.strengths import read_strengths
-from alignprop.config import ConfigError
+from alignprop.config import Config, ConfigError
+from alignprop.drawing import measures
 from alignprop.rollout import Sampler
 from alignprop.runfolder import RunFolder
 from alignprop.strength import set_strength
@@ -71,6 +72,9 @@ def redness(images, prompts):
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
+redness.features = lambda images: torch.ones(len(images), 1)  # to which all pictures are the same
+
+
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory):
     """A run of two steps on redness, which greenness watches."""
@@ -97,6 +101,9 @@ def a_run(tmp_path_factory):
 
 def greenness(images, prompts):
     return images[:, 1].mean((1, 2))
+
+
+greenness.features = lambda images: torch.nn.functional.normalize(images.flatten(1) - 0.5, dim=1)
 
 
 def command(*arguments):
@@ -132,6 +139,23 @@ def test_the_numbers_are_those_of_the_runs_own_evaluations(a_run, monkeypatch):
                 assert line["sets"][prompts]["rewards"][name]["mean"] == pytest.approx(own_mean, abs=1e-6)
     other = json.loads(command("evaluate", a_run, "--strengths", "1", "--seed", 5, "--json").output)["strengths"]
     assert other[0]["sets"]["unseen"]["rewards"]["red"] != found[0]["sets"]["unseen"]["rewards"]["red"]
+
+
+def test_diversity_is_in_the_eyes_of_a_judge_as_in_training(a_run):
+    """The reward that is trained may be blind to what it destroys, as this one is to any difference."""
+    own = RunFolder(a_run).evaluations.read()[0]["sets"]["unseen"]["feature_diversity"]
+    assert own > 1e-3
+    found = json.loads(command("evaluate", a_run, "--strengths", "1", "--json").output)["strengths"]
+    plain = json.loads(command("evaluate", a_run, "--json").output)
+    for measured in (found[0]["sets"]["unseen"], plain["unseen"]["base"]):
+        assert list(measured["rewards"]) == ["red", "green"]
+        assert measured["feature_diversity"] == pytest.approx(own, abs=1e-6)
+
+
+def test_a_judge_that_is_trained_as_well_is_measured_among_the_rewards():
+    config = Config(rewards={"redness": 1.0, "brightness": 2.0}, judges=["redness", "jpeg-size"])
+    rewards, _ = measures(config, [], "animals", torch.device("cpu"))
+    assert list(rewards) == ["redness", "brightness", "jpeg-size"]
 
 
 @pytest.mark.parametrize(("keep", "guarded"), [("reward", False), ("guarded", True)])

@@ -81,7 +81,7 @@ def test_log_probabilities_and_the_clipped_gradient_are_those_of_a_loop_written_
 def test_the_ratio_is_exactly_one_until_something_is_learned(sd):
     run = trainer(estimator=DDPO(min_count=2, inner_epochs=2), dropout=0.0, batch_size=4, accumulation=2)
     errors = []
-    for estimates in run._updates():
+    for estimates in run._updates(run.descent()):
         errors.append([estimate.facts["ratio_error"] for estimate in estimates])
         run._update()
     assert errors[0] == [0.0, 0.0]
@@ -252,7 +252,7 @@ def test_minibatches_share_the_pictures_and_weigh_as_much():
     whole, halves = ([], [])
     for gradients, minibatches in ((whole, 1), (halves, 2)):
         run = trainer(estimator=DDPO(min_count=2, minibatches=minibatches), dropout=0.0, batch_size=2, accumulation=2)
-        for _ in run._updates():
+        for _ in run._updates(run.descent()):
             gradients.append(accumulated(run.parameters.values()))
             run.adamw.zero_grad()
     assert len(halves) == 2

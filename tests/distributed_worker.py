@@ -46,7 +46,7 @@ def make(dtype, estimator, batch_size, **changes):
 
 def gradient(run):
     """The gradient of the first step, after the all-reduce."""
-    next(run._updates())
+    next(run._updates(run.descent()))
     distributed.sum_gradients(list(run.parameters.values()))
     return torch.cat([value.grad.flatten() for value in run.parameters.values()]).detach()
 

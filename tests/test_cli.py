@@ -299,16 +299,21 @@ def test_sample_draws_the_pipelines_pictures_at_the_seeds_asked_for(model, recip
     )
 
 
-def test_evaluate_measures_what_the_run_measured(recipe, tmp_path):
-    trained(recipe, "a", "--set", "evaluation.seed=0")
-    result = run("evaluate", "a", "--images-per-prompt", 2, "--json")
+def test_evaluate_measures_what_the_run_measured(recipe, tmp_path, monkeypatch):
+    trained(recipe, "a", "--set", "evaluation.seed=3", "--set", "evaluation.batch_size=3")
+    sample, sizes = Sampler.sample, []
+    monkeypatch.setattr(Sampler, "sample", lambda self, *batch: (sizes.append(len(batch[1])), sample(self, *batch))[1])
+    result = run("evaluate", "a", "--json")
     assert result.exit_code == 0, result.output
+    assert sizes == [3, 1] * 4  # of the base model and the adapter, on two sets of four pictures
     measured, lines = json.loads(result.stdout), RunFolder(tmp_path / "a").evaluations.read()
     kept = [line for line in lines if line["kept"]][-1]
     for name in ("unseen", "train"):
         for label, line in (("base", lines[0]), ("adapter", kept)):
             for reward, score in line["sets"][name]["rewards"].items():
                 assert measured[name][label]["rewards"][reward]["mean"] == pytest.approx(score["mean"], abs=1e-6)
+    other = json.loads(run("evaluate", "a", "--seed", 4, "--json").stdout)
+    assert other["unseen"]["base"]["rewards"]["redness"] != measured["unseen"]["base"]["rewards"]["redness"]
     table = run("evaluate", "a", "--reward", "brightness", "--images-per-prompt", 1).output
     assert "unseen prompts: 2 prompts, 2 images" in table and "brightness" in table and "redness" not in table
 

@@ -476,6 +476,24 @@ def test_adapters_of_different_models_are_refused(tmp_path):
             require_alike(pair)
 
 
+def test_adapters_that_share_no_part_are_refused(tmp_path):
+    both, unet, text = (saved(tmp_path / name, seed=i, text_encoders=True) for i, name in enumerate("but"))
+    _tensors(unet, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("text_encoder")])
+    _tensors(text, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("unet")])
+    members = {folder.name: read_adapter(folder) for folder in (both, unet, text)}
+    require_alike({name: members[name] for name in "bu"})
+    require_alike({name: members[name] for name in "tb"})
+    for names, told in {
+        "ut": "u is of unet, t is of text_encoder",
+        "tbu": "t is of text_encoder, b is of text_encoder and unet, u is of unet",
+    }.items():
+        with pytest.raises(ValueError, match=rf"no part of the model that all adapters change \({told}\): mix"):
+            require_alike({name: members[name] for name in names})
+    result = run("mix", unet, text, "--weights", "1,1", "--output", tmp_path / "out")
+    assert result.exit_code == 1 and "There is no part of the model that all adapters change" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def hand_driven(make, folders, weights_by_step):
     """Pictures with diffusers' weights set before each call of the denoiser, by a hook and no callback."""
     pipeline, calls = make(), iter(weights_by_step)

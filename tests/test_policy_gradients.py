@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import test_trainer
 import tiny
@@ -81,7 +82,7 @@ def test_log_probabilities_and_the_clipped_gradient_are_those_of_a_loop_written_
 def test_the_ratio_is_exactly_one_until_something_is_learned(sd):
     run = trainer(estimator=DDPO(min_count=2, inner_epochs=2), dropout=0.0, batch_size=4, accumulation=2)
     errors = []
-    for estimates in run._updates():
+    for estimates in run._updates(run.descent()):
         errors.append([estimate.facts["ratio_error"] for estimate in estimates])
         run._update()
     assert errors[0] == [0.0, 0.0]
@@ -100,6 +101,34 @@ def test_a_policy_that_changed_before_it_learned_is_noticed():
     with pytest.raises(
         test_trainer.TrainingStopped, match=r"ratio off 1 by .*: the denoiser keeps state or draws noise"
     ):
+        run.train_step()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [(torch.float32, 1e-9, 1e-5), (torch.bfloat16, 1e-5, 5e-2), (torch.float16, 1e-5, 5e-2)]
+)
+def test_passes_with_and_without_gradient_may_round_apart_as_the_denoisers_dtype_does(dtype, least, most):
+    """As with attention that has one kernel for inference and another for training."""
+    unguided = {**tiny.CALL, "guidance_scale": 1.0}  # guidance multiplies rounding by itself
+    run = trainer(dtype=dtype, estimator=DDPO(), dropout=0.0, call=unguided)
+    run.pipeline.vae.to(torch.float32)
+    plain, fused, forward = AttnProcessor(), AttnProcessor2_0(), run.pipeline.unet.forward
+
+    def other_kernels(*args, **kwargs):
+        run.pipeline.unet.set_attn_processor(plain if torch.is_grad_enabled() else fused)
+        return forward(*args, **kwargs)
+
+    run.pipeline.unet.forward = other_kernels
+    assert least < run.train_step()["ratio_error"] < most
+
+
+def test_a_policy_in_half_precision_that_changed_is_noticed_as_well():
+    run = trainer(dtype=torch.bfloat16, estimator=DDPO(), dropout=0.0)
+    forward = run.pipeline.unet.forward
+    run.pipeline.unet.forward = lambda x_t, *args, **kwargs: forward(
+        x_t * (2 if torch.is_grad_enabled() else 1), *args, **kwargs
+    )
+    with pytest.raises(test_trainer.TrainingStopped, match=r"ratio off 1 by .*: the denoiser keeps state"):
         run.train_step()
 
 
@@ -252,7 +281,7 @@ def test_minibatches_share_the_pictures_and_weigh_as_much():
     whole, halves = ([], [])
     for gradients, minibatches in ((whole, 1), (halves, 2)):
         run = trainer(estimator=DDPO(min_count=2, minibatches=minibatches), dropout=0.0, batch_size=2, accumulation=2)
-        for _ in run._updates():
+        for _ in run._updates(run.descent()):
             gradients.append(accumulated(run.parameters.values()))
             run.adamw.zero_grad()
     assert len(halves) == 2

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import tiny
 from alignprop.adapters import Adapter, Lora
 from alignprop.probe import ProbeError, probe, require
 from alignprop.rewards import WeightedSum, as_weighted_sum
 from alignprop.rollout import Sampler
+from zoo.stable_diffusion import ROWS
 
 
 def redness(images, prompts):
@@ -87,3 +89,22 @@ def test_a_reward_that_cannot_be_used_is_found(sd, reward, sentence):
     findings = probe(Sampler(sd, tiny.CALL), adapter, bad, tiny.PROMPTS, modes=["step"])
     with pytest.raises(ProbeError, match=f"reward: reward 'mine' .*{sentence}"):
         require(findings)
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion 1.5", "Kandinsky 3"])
+def test_rounding_in_half_precision_is_no_failure_though_the_decoder_is_in_fp32(name):
+    """The dtype that diffusers tells of a pipeline is that of its first part, which is the decoder of Kandinsky 3."""
+    row = next(row for row in ROWS if row.name == name)
+    pipeline = row.build(torch.float16)
+    adapter, sampler = Adapter(pipeline, Lora()), Sampler(pipeline, row.call)
+    adapter.spec.decoder_of(pipeline).to(torch.float32)
+
+    def other_kernels(forward, *args, **kwargs):
+        pipeline.unet.set_attn_processor(AttnProcessor() if torch.is_grad_enabled() else AttnProcessor2_0())
+        return forward(*args, **kwargs)
+
+    wrapped_forward(pipeline, other_kernels)
+    findings = probe(sampler, adapter, as_weighted_sum(redness), row.prompts, modes=("none", "step"))
+    assert [finding for finding in findings if not finding.passed] == []
+    error = (sampler.rollout(row.prompts, [0, 1]).pixels - sampler.sample(row.prompts, [0, 1])).abs().max()
+    assert error > 1e-5

@@ -288,7 +288,7 @@ def test_every_checkpointing_mode_gives_the_same_gradient(subject, estimator):
 def test_a_fresh_adapter_has_no_penalty_and_no_gradient_of_one():
     plain, regularised = (trainer(dropout=0.5, regularisation=settings) for settings in (Regularisation(), BOTH))
     for run in (plain, regularised):
-        for _ in run._updates():
+        for _ in run._updates(run.descent()):
             run.gradient = torch.cat([p.grad.flatten() for p in run.parameters.values() if p.grad is not None])
             run.adamw.zero_grad()
     assert torch.equal(plain.gradient, regularised.gradient) and plain.gradient.any()
@@ -430,7 +430,7 @@ def test_pictures_of_a_first_step_are_those_of_a_run_without():
         run = trainer(dropout=0.3, estimator=DraftLV(2), regularisation=settings)
         for parameter in run.parameters.values():
             parameter.data.add_(0.05)
-        (estimates,) = run._updates()
+        (estimates,) = run._updates(run.descent())
         scores.append(torch.cat([estimate.scores for estimate in estimates]))
     assert torch.equal(*scores)
 
@@ -493,7 +493,7 @@ def test_the_bound_knows_nothing_of_batch_and_accumulation():
             estimator=AlignProp(All()),
             regularisation=Regularisation(max_step_grad_norm=4e-4),
         )
-        (estimates,) = run._updates()
+        (estimates,) = run._updates(run.descent())
         facts = sum(estimate.facts["step_clip_fraction"] for estimate in estimates) / len(estimates)
         found.append((torch.cat([p.grad.flatten() for p in run.parameters.values() if p.grad is not None]), facts))
     for gradient_of, fraction in found[1:]:

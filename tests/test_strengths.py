@@ -11,9 +11,11 @@ import tiny
 from alignprop.adapters import Lora
 from alignprop.cli import app
 from alignprop.cli.strengths import read_strengths
-from alignprop.config import ConfigError
+from alignprop.config import Config, ConfigError
+from alignprop.drawing import measures
 from alignprop.guard import Guard
 from alignprop.rollout import Sampler
+from alignprop.runfolder import RunFolder
 from alignprop.strength import set_strength
 
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
@@ -71,6 +73,9 @@ def redness(images, prompts):
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
+redness.features = lambda images: torch.ones(len(images), 1)  # to which all pictures are the same
+
+
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory):
     """A run of two steps on redness, which greenness watches."""
@@ -85,7 +90,7 @@ def a_run(tmp_path_factory):
         "prompts": {"train": ["a cat", "a dog", "a hen"], "unseen": ["a fox", "an ox"]},
         "optimizer": {"learning_rate": 0.05},
         "training": {"steps": 4, "batch_size": 2},
-        "evaluation": {"every": 2, "images_per_prompt": 2, "num_train_prompts": 2},
+        "evaluation": {"every": 2, "images_per_prompt": 2, "batch_size": 3, "seed": 7, "num_train_prompts": 2},
         "guard": {"keep": "reward", "max_fall": 0.3, "window": None, "min_diversity": None, "max_saturated": None},
     }
     recipe = folder / "tiny.yaml"
@@ -97,6 +102,9 @@ def a_run(tmp_path_factory):
 
 def greenness(images, prompts):
     return images[:, 1].mean((1, 2))
+
+
+greenness.features = lambda images: torch.nn.functional.normalize(images.flatten(1) - 0.5, dim=1)
 
 
 def command(*arguments):
@@ -119,14 +127,44 @@ def test_every_strength_is_measured_against_the_base_model(a_run):
     assert not (a_run / "strengths.html").exists()
 
 
+def test_the_numbers_are_those_of_the_runs_own_evaluations(a_run, monkeypatch):
+    sample, sizes = Sampler.sample, []
+    monkeypatch.setattr(Sampler, "sample", lambda self, *batch: (sizes.append(len(batch[1])), sample(self, *batch))[1])
+    found = json.loads(command("evaluate", a_run, "--strengths", "1", "--json").output)["strengths"]
+    assert sizes == [3, 1] * 4  # of two strengths, on two sets of four pictures
+    first, *_, kept = (line for line in RunFolder(a_run).evaluations.read() if line["kept"])
+    for line, own in zip(found, (first, kept), strict=True):
+        for prompts in ("unseen", "train"):
+            for name in ("red", "green"):
+                own_mean = own["sets"][prompts]["rewards"][name]["mean"]
+                assert line["sets"][prompts]["rewards"][name]["mean"] == pytest.approx(own_mean, abs=1e-6)
+    other = json.loads(command("evaluate", a_run, "--strengths", "1", "--seed", 5, "--json").output)["strengths"]
+    assert other[0]["sets"]["unseen"]["rewards"]["red"] != found[0]["sets"]["unseen"]["rewards"]["red"]
+
+
+def test_diversity_is_in_the_eyes_of_a_judge_as_in_training(a_run):
+    """The reward that is trained may be blind to what it destroys, as this one is to any difference."""
+    own = RunFolder(a_run).evaluations.read()[0]["sets"]["unseen"]["feature_diversity"]
+    assert own > 1e-3
+    found = json.loads(command("evaluate", a_run, "--strengths", "1", "--json").output)["strengths"]
+    plain = json.loads(command("evaluate", a_run, "--json").output)
+    for measured in (found[0]["sets"]["unseen"], plain["unseen"]["base"]):
+        assert list(measured["rewards"]) == ["red", "green"]
+        assert measured["feature_diversity"] == pytest.approx(own, abs=1e-6)
+
+
+def test_a_judge_that_is_trained_as_well_is_measured_among_the_rewards():
+    config = Config(rewards={"redness": 1.0, "brightness": 2.0}, judges=["redness", "jpeg-size"])
+    rewards, _ = measures(config, [], "animals", torch.device("cpu"))
+    assert list(rewards) == ["redness", "brightness", "jpeg-size"]
+
+
 @pytest.mark.parametrize(("keep", "guarded"), [("reward", False), ("guarded", True)])
 def test_the_best_strength_is_the_best_by_the_runs_own_guard(a_run, keep, guarded):
     config = yaml.safe_load((a_run / "config.yaml").read_text())
     config["guard"] |= {"keep": keep, "judge_weight": 50.0}  # so that half of what it costs is too much
     (a_run / "config.yaml").write_text(yaml.safe_dump(config))
-    found = json.loads(
-        command("evaluate", a_run, "--strengths", "0.1,0.4,1", "--images-per-prompt", 2, "--json").output
-    )
+    found = json.loads(command("evaluate", a_run, "--strengths", "0.1,0.4,1", "--seed", 0, "--json").output)
     lines = found["strengths"]
     rewards = {line["step"]: line["sets"]["unseen"]["reward"]["mean"] for line in lines}
     highest = max(rewards, key=rewards.get)

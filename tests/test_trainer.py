@@ -326,7 +326,7 @@ def test_half_precision_follows_float32(dtype):
         with torch.no_grad():
             for name, value in run.parameters.items():
                 value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
-        next(run._updates())
+        next(run._updates(run.descent()))
         assert all(value.dtype == torch.float32 for value in run.parameters.values())
         return torch.cat([value.grad.flatten() for value in run.parameters.values()]) / run._loss_scale()
 

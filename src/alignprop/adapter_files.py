@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alignprop.spec import PipelineSpec, spec_of
+from alignprop.spec import DENOISER_NAMES, PipelineSpec, spec_of
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """What ``pipeline.load_lora_weights(folder)`` looks for."""
@@ -22,6 +22,9 @@ PEFT_FILE = "adapter_model.safetensors"
 FACTS_FILE = "alignprop.json"
 """Facts about a training of all weights, beside the folders of the models."""
 
+ONLY_DENOISER = "denoiser"
+"""What the only denoiser is called where its folder does not tell its name."""
+
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -31,9 +34,20 @@ def reads_lora_files(pipeline: Any, spec: PipelineSpec) -> bool:
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether an adapter is in a folder."""
-    files = (folder / DIFFUSERS_FILE, folder / PEFT_FILE, folder / FACTS_FILE, *folder.glob(f"*/{PEFT_FILE}"))
-    return any(file.is_file() for file in files)
+    """Whether a folder is that of an adapter; one that has such a folder inside, as a run, is not."""
+    return any((folder / name).is_file() for name in (DIFFUSERS_FILE, FACTS_FILE)) or bool(peft_folders(folder))
+
+
+def peft_folders(folder: Path) -> dict[str, Path]:
+    """The folders of an adapter that PEFT reads into its denoisers, by their names; see :func:`save_adapter`.
+
+    That is the adapter's own folder or, where there are several denoisers, a folder inside for each. A folder inside
+    that has no denoiser's name is none of them: ``adapter`` of a run, a member of a mixture, an adapter among others.
+    """
+    folder = Path(folder)
+    if (folder / PEFT_FILE).is_file():
+        return {ONLY_DENOISER: folder}
+    return {name: folder / name for name in DENOISER_NAMES if (folder / name / PEFT_FILE).is_file()}
 
 
 def save_adapter(
@@ -141,7 +155,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
     if (whole := Path(folder) / FACTS_FILE).is_file():
         found: dict[str, Any] = json.loads(whole.read_text(encoding="utf-8"))
         return found
-    files = [Path(folder) / DIFFUSERS_FILE, Path(folder) / PEFT_FILE, *sorted(Path(folder).glob(f"*/{PEFT_FILE}"))]
+    files = [Path(folder) / DIFFUSERS_FILE, *(place / PEFT_FILE for place in peft_folders(folder).values())]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return {}

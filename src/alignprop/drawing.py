@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
     from alignprop.config import Config, JudgeTerm, Model
-    from alignprop.config.settings import Sampling
+    from alignprop.config.settings import EvaluationSettings, Sampling
     from alignprop.rewards import Reward
     from alignprop.rollout import Sampler
 
@@ -20,9 +20,6 @@ DEFAULT_RECIPE = "emoji"
 
 BATCH_SIZE = 16
 """Pictures drawn at a time."""
-
-NUM_TRAIN_PROMPTS = 8
-"""Training prompts that are measured where a run has no evaluation."""
 
 
 def settings_of(adapter: Path | None) -> Config | None:
@@ -127,6 +124,20 @@ def write_pictures(columns: Sequence[tuple[str, list[Image]]], out: Path) -> Non
         save_grid([pictures for _, pictures in columns], [caption for caption, _ in columns], out)
 
 
+def how_to_measure(config: Config | None, images_per_prompt: int | None, seed: int | None) -> dict[str, Any]:
+    """Arguments of :func:`alignprop.measures.evaluate`: as asked for, else those that gave the run's own numbers."""
+    asked = {"images_per_prompt": images_per_prompt, "seed": seed}
+    found = _evaluation_of(config).model_dump(include={"images_per_prompt", "batch_size", "seed"})
+    return {**found, **{name: value for name, value in asked.items() if value is not None}}
+
+
+def _evaluation_of(config: Config | None) -> EvaluationSettings:
+    """How a run evaluates; as runs do by default where it does not, or where there is none."""
+    from alignprop.config.settings import EvaluationSettings
+
+    return (config.evaluation if config is not None else None) or EvaluationSettings()
+
+
 def measures(
     config: Config | None, names: Sequence[str], source: str | None, device: torch.device
 ) -> tuple[dict[str, Reward], dict[str, tuple[str, ...]]]:
@@ -145,6 +156,5 @@ def measures(
         return load_terms(terms, device, prompts), evaluation_sets(prompts, len(prompts.train))
     if config is None or config.prompts.train is None:
         raise ValueError("--prompts is missing: give the name of a list, a file, or module:function.")
-    num_train = config.evaluation.num_train_prompts if config.evaluation else NUM_TRAIN_PROMPTS
     prompts = load_prompts(config.prompts.train, config.prompts.unseen)
-    return load_terms(terms, device, prompts), evaluation_sets(prompts, num_train)
+    return load_terms(terms, device, prompts), evaluation_sets(prompts, _evaluation_of(config).num_train_prompts)

@@ -212,7 +212,7 @@ def _gradients(rollout: Rollout, inputs: Sequence[Tensor]) -> Sequence[Tensor | 
 
 
 def _tolerance(sampler: Sampler, single: float, half: float) -> float:
-    return single if sampler.pipeline.dtype in (torch.float32, torch.float64) else half
+    return half if sampler.half_precision else single
 
 
 def _is_zero(gradient: Tensor | None) -> bool:

@@ -260,6 +260,12 @@ class Sampler:
         return pixels.from_output(output[0])
 
     @property
+    def half_precision(self) -> bool:
+        """Whether a denoiser computes in less than fp32, in which the LoRA in it is kept all the same."""
+        denoisers = self._spec.denoisers_of(self.pipeline)
+        return any(parameter.dtype.itemsize < 4 for denoiser in denoisers for parameter in denoiser.parameters())
+
+    @property
     def _spec(self) -> PipelineSpec:
         return self.spec or spec_of(self.pipeline)
 

@@ -79,6 +79,9 @@ EXCEPTIONS: dict[str, PipelineSpec] = {
 }
 """Pipeline classes that the defaults do not describe, one row each."""
 
+DENOISER_NAMES = tuple(dict.fromkeys((*_DENOISERS, *(name for spec in EXCEPTIONS.values() for name in spec.denoisers))))
+"""Every name under which a known pipeline keeps a denoiser."""
+
 
 def spec_of(pipeline: Any) -> PipelineSpec:
     """The parts of a pipeline: its row in :data:`EXCEPTIONS`, or what its components are called by convention.

@@ -186,9 +186,8 @@ class Trainer:
             return OneBackward()
         return Surgery(self.combination, list(self.objective.weights), list(self.parameters.values()))
 
-    def _updates(self, descend: Descent | None = None) -> Iterator[Sequence[Estimate]]:
-        """The gradients of the present step, once for each update."""
-        descend = descend or self.descent()
+    def _updates(self, descend: Descent) -> Iterator[Sequence[Estimate]]:
+        """The gradients of the present step, once for each update; the caller has ``descend`` complete each of them."""
         step = Step(
             self.sampler,
             self.objective,

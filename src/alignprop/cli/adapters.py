@@ -11,7 +11,16 @@ import typer
 from rich.markup import escape
 
 from alignprop.cli.strengths import Asked, evaluate_strengths
-from alignprop.drawing import adapted, adapter_folder, base_sampler, measures, pictures, settings_of, write_pictures
+from alignprop.drawing import (
+    adapted,
+    adapter_folder,
+    base_sampler,
+    how_to_measure,
+    measures,
+    pictures,
+    settings_of,
+    write_pictures,
+)
 from alignprop.terminal import comparison, console, errors_told, loading, status, tell
 
 ModelName: TypeAlias = Annotated[
@@ -75,7 +84,10 @@ def evaluate(
     adapter: AdapterFolder = None,
     prompts: Annotated[str | None, typer.Option(help="A list's name, a file, or module:function.")] = None,
     reward: Annotated[list[str], typer.Option("--reward", help="A reward; may be given several times.")] = [],  # noqa: B006
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
+    images_per_prompt: Annotated[
+        int | None, typer.Option(min=1, help="Pictures of each prompt; else as in the run.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; else as in the run.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     strengths: Annotated[
@@ -88,6 +100,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure rewards, of the base model and with the adapter, at the same seeds.
+
+    What is not given is as in the run's own evaluations, so that the numbers are theirs.
 
     [bold]alignprop evaluate runs/mine[/]
 
@@ -103,19 +117,21 @@ def evaluate(
             if adapter is None:
                 raise typer.BadParameter("--strengths needs a run or --adapter.")
             asked = Asked(
-                adapter, strengths, model, prompts, reward, images_per_prompt, steps, guidance, output, as_json
+                adapter, strengths, model, prompts, reward, images_per_prompt, seed, steps, guidance, output, as_json
             )
             return evaluate_strengths(asked)
         with loading():
             sampler, folder = base_sampler(model, adapter, steps, guidance)
-            rewards, sets = measures(settings_of(adapter), reward, prompts, sampler.pipeline.device)
+            config = settings_of(adapter)
+            rewards, sets = measures(config, reward, prompts, sampler.pipeline.device)
+            how = how_to_measure(config, images_per_prompt, seed)
         results: dict[str, Any] = {}
         for label in ("base", "adapter") if folder else ("base",):
             if label == "adapter" and folder is not None:
                 sampler = adapted(sampler, folder)
             for name, chosen in sets.items():
                 with status(f"Measuring: {label}, {name} prompts"):
-                    result = measure(sampler, chosen, rewards, images_per_prompt=images_per_prompt)
+                    result = measure(sampler, chosen, rewards, **how)
                 summary = result.summary(dict.fromkeys(rewards, 1.0))
                 del summary["reward"]  # a sum of rewards, which nobody asked for
                 results.setdefault(name, {})[label] = summary

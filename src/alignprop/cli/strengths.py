@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.markup import escape
 
-from alignprop.drawing import adapted, base_sampler, measures, settings_of
+from alignprop.drawing import adapted, base_sampler, how_to_measure, measures, settings_of
 from alignprop.terminal import console, loading, set_table, status, tell
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Asked:
         model: the base model's name, if not the adapter's own.
         prompts: their source, if not the run's.
         rewards: names, if not the run's.
-        images_per_prompt: pictures of each prompt.
+        images_per_prompt: pictures of each prompt, if not the run's.
+        seed: of the noise, if not the run's.
         steps: denoising steps, if not the run's.
         guidance: if not the run's.
         output: the page; None for one in the run.
@@ -51,7 +52,8 @@ class Asked:
     model: str | None
     prompts: str | None
     rewards: Sequence[str]
-    images_per_prompt: int
+    images_per_prompt: int | None
+    seed: int | None
     steps: int | None
     guidance: float | None
     output: Path | None
@@ -91,7 +93,8 @@ def evaluate_strengths(asked: Asked) -> None:
         objective = _objective(config, rewards, asked.rewards)
         sampler = adapted(sampler, folder)
     with tempfile.TemporaryDirectory() as scratch:
-        lines = _measured(asked, sampler, sets, rewards, objective, strengths, Path(scratch))
+        how = how_to_measure(config, asked.images_per_prompt, asked.seed)
+        lines = _measured(how, sampler, sets, rewards, objective, strengths, Path(scratch))
         guard = guard_of(config or Config())
         best = _judge(lines, guard)
         if asked.as_json:
@@ -113,7 +116,7 @@ def _objective(config: Config | None, rewards: Mapping[str, Reward], named: Sequ
 
 
 def _measured(
-    asked: Asked,
+    how: Mapping[str, Any],
     sampler: Sampler,
     sets: Mapping[str, Sequence[str]],
     rewards: Mapping[str, Reward],
@@ -130,10 +133,7 @@ def _measured(
     for strength in (0.0, *(value for value in strengths if value)):  # the base model first, to compare with
         set_strength(sampler.pipeline, strength, sampler.spec)
         with status(f"Measuring strength {strength:g}"):
-            results = {
-                name: evaluate(sampler, chosen, rewards, images_per_prompt=asked.images_per_prompt)
-                for name, chosen in sets.items()
-            }
+            results = {name: evaluate(sampler, chosen, rewards, **how) for name, chosen in sets.items()}
         if not lines:
             base = {name: result.compact() for name, result in results.items()}
         first = lines[0]["sets"] if lines else None

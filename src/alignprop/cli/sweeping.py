@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from alignprop.cli.mixtures import read_members, write_mixture
-from alignprop.drawing import BATCH_SIZE, base_sampler, base_settings, settings_of
+from alignprop.drawing import base_sampler, base_settings, how_to_measure, settings_of
 from alignprop.report import duration, number
 from alignprop.terminal import loading, status, tell
 
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from alignprop.mixing import StoredAdapter
     from alignprop.mixing.sweep import Declaration, SweepFile, Weights
     from alignprop.prompts import Prompts
-
-IMAGES_PER_PROMPT = 4
-SEED = 1234
-"""Where the first member's run had no evaluation."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +123,15 @@ def _declared(
     from alignprop.mixing.sweep import Declaration, digest_of
 
     first = next(iter(configs.values()))
-    evaluation = first.evaluation if first is not None else None
-    per_prompt = evaluation.images_per_prompt if evaluation is not None else IMAGES_PER_PROMPT
-    seed = evaluation.seed if evaluation is not None else SEED
     return Declaration(
         members={name: str(member.folder) for name, member in members.items()},
         digests={name: digest_of(member) for name, member in members.items()},
         model=sampling[0],
         sampling=sampling[1],
         prompts=list(prompts),
-        images_per_prompt=per_prompt if asked.images_per_prompt is None else asked.images_per_prompt,
-        batch_size=evaluation.batch_size if evaluation is not None else BATCH_SIZE,
-        seed=seed if asked.seed is None else asked.seed,
         rewards={name: term.model_dump(mode="json") for name, term in terms.items()},
         trained=trained_by(configs),
+        **how_to_measure(first, asked.images_per_prompt, asked.seed),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alignprop.adapter_files import DIFFUSERS_FILE, FACTS_FILE, PEFT_FILE, SECOND_FILE, facts_of
+from alignprop.adapter_files import (
+    DIFFUSERS_FILE,
+    FACTS_FILE,
+    ONLY_DENOISER,
+    PEFT_FILE,
+    SECOND_FILE,
+    facts_of,
+    peft_folders,
+)
 from alignprop.export import Update
 from alignprop.mixing.weightspace import Mixture, require_same_shapes
 
@@ -24,7 +32,6 @@ Layout = Literal["diffusers", "peft"]
 _PARTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 _PEFT_PREFIX = "base_model.model."
 _PEFT_SETTINGS = "adapter_config.json"
-_ONLY_DENOISER = "denoiser"
 _FACTORS = re.compile(
     r"(?P<module>.+?)\.(?:lora_(?P<factor>[AB])|lora(?:_linear_layer)?\.(?P<older>down|up))\.weight"  # nothing else
 )
@@ -57,7 +64,7 @@ class StoredAdapter:
         """All that makes it, and nothing else of the folder."""
         if self.layout == "diffusers":
             return [file for name in (DIFFUSERS_FILE, SECOND_FILE) if (file := self.folder / name).is_file()]
-        return [place / name for _, place in _peft_folders(self.folder) for name in (_PEFT_SETTINGS, PEFT_FILE)]
+        return [place / name for place in peft_folders(self.folder).values() for name in (_PEFT_SETTINGS, PEFT_FILE)]
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
@@ -79,8 +86,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
             updates |= {name.replace("transformer.", "transformer_2.", 1): u for name, u in _read_file(second).items()}
     else:
         layout = "peft"
-        for part, place in _peft_folders(folder):
-            settings = json.loads((place / _PEFT_SETTINGS).read_text(encoding="utf-8"))
+        for part, place in peft_folders(folder).items():
+            settings = _peft_settings(place)
             tensors = {name.removeprefix(_PEFT_PREFIX): value for name, value in _tensors(place / PEFT_FILE).items()}
             updates |= {f"{part}.{name}": u for name, u in _updates(tensors, settings, place / PEFT_FILE).items()}
     if not updates:
@@ -96,7 +103,8 @@ def require_alike(adapters: Mapping[str, StoredAdapter], *, same_model: bool = F
         same_model: that the user knows it, whatever the headers say.
 
     Raises:
-        ValueError: the headers name different models or pipelines, or the layouts or the layers' shapes differ.
+        ValueError: the headers name different models or pipelines, the layouts or the layers' shapes differ, or there
+            is no part of the model that all of them adapt.
     """
     (first, known), *others = adapters.items()
     for name, other in others:
@@ -119,7 +127,19 @@ def require_alike(adapters: Mapping[str, StoredAdapter], *, same_model: bool = F
                 f"{first} and {name} name the layers of a text encoder in two ways: load one into a pipeline, and save "
                 "it again."
             )
+    _require_shared_part(adapters)
     require_same_shapes({name: adapter.updates for name, adapter in adapters.items()})
+
+
+def _require_shared_part(adapters: Mapping[str, StoredAdapter]) -> None:
+    """Refuse adapters of a denoiser and of a text encoder, say, which would not be mixed but put beside each other."""
+    parts = {name: sorted({layer.split(".", 1)[0] for layer in each.updates}) for name, each in adapters.items()}
+    if not set.intersection(*map(set, parts.values())):
+        told = ", ".join(f"{name} is of {' and '.join(found)}" for name, found in parts.items())
+        raise ValueError(
+            f"There is no part of the model that all adapters change ({told}): mix adapters of the same part, or load "
+            "them side by side."
+        )
 
 
 def _text_names(adapter: StoredAdapter) -> set[str]:
@@ -164,15 +184,11 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def _peft_folders(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The folders that PEFT wrote, by the name of the part."""
-    for part, place in ((_ONLY_DENOISER, folder), *((file.parent.name, file.parent) for file in _of_parts(folder))):
-        if (place / PEFT_FILE).is_file() and (place / _PEFT_SETTINGS).is_file():
-            yield part, place
-
-
-def _of_parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"*/{PEFT_FILE}"))
+def _peft_settings(folder: Path) -> dict[str, Any]:
+    if not (folder / _PEFT_SETTINGS).is_file():
+        raise ValueError(f"{folder} holds no {_PEFT_SETTINGS} beside its {PEFT_FILE}: copy both of them.")
+    settings: dict[str, Any] = json.loads((folder / _PEFT_SETTINGS).read_text(encoding="utf-8"))
+    return settings
 
 
 def _updates(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], file: Path) -> dict[str, Update]:
@@ -246,7 +262,7 @@ def save_mixture(mixture: Mixture, layout: Layout, folder: Path, facts: Mapping[
         part, _, module = name.partition(".")
         by_part.setdefault(part, {})[module] = update
     if layout == "peft":
-        places = {part: folder if part == _ONLY_DENOISER else folder / part for part in by_part}
+        places = {part: folder if part == ONLY_DENOISER else folder / part for part in by_part}
         return [_write_peft(updates, places[part], header) for part, updates in by_part.items()][0]  # noqa: RUF015
     second = by_part.pop("transformer_2", None)
     if second is not None:

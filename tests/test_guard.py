@@ -16,7 +16,7 @@ from alignprop.guard import NO_GUARD, Guard
 from alignprop.measures import Evaluated, diversity, evaluate, feature_diversity, saturated
 from alignprop.progress import ProgressBar
 from alignprop.report import summarise, write_report
-from alignprop.report.watch import in_deviations, trained_curve, watch_of
+from alignprop.report.watch import in_deviations, trained_curve, watch_of, worth_curve
 from alignprop.rewards import Clamped, WeightedSum
 from alignprop.rollout import Sampler
 from alignprop.runfolder import RunFolder, measured_alike
@@ -412,6 +412,9 @@ def test_the_watch_shows_what_is_trained_and_its_judges_in_deviations(tmp_path):
     lines = lines_of(tmp_path)
     watch = watch_of(lines, 0, 0.5)
     assert (watch.trained, watch.judges, watch.floor) == ("redness", ("green", "embeds"), -0.5)
+    assert watch.has_worth and watch.chart.count("<path") > 20
+    assert list(worth_curve(lines).mean) == [Guard(max_fall=0.5, window=2).worth(lines[0], each) for each in lines]
+    assert worth_curve([{**each, "worth": None} for each in lines]) is None
     assert list(watch.warnings) == [each["step"] for each in lines if each["alarms"]]
     assert watch_of(lines[:1], 0, 0.5) is None
     assert list(trained_curve(lines).mean) == [each["sets"]["unseen"]["reward"]["mean"] for each in lines]

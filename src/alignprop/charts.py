@@ -59,24 +59,30 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], colours: Sequence[str]) ->
         axes.plot(curve.steps, mean, color=colour, linewidth=1.6, marker="o", markersize=3)
 
 
-def watch_chart(trained: Curve, watched: Sequence[Curve], marked_x: float | None, floor: float | None) -> Markup:
+def watch_chart(
+    trained: Curve, watched: Sequence[Curve], worth: Curve | None, marked_x: float | None, floor: float | None
+) -> Markup:
     """Draw what is trained above what watches it, along one axis; the page colours them by `--curve-<index>`.
 
     Args:
         trained: takes the first colour.
         watched: take the others.
+        worth: of both together, below them in grey; None for none.
         marked_x: drawn as a dotted vertical line.
         floor: value of what is watched that is drawn as a dotted horizontal line.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.4, 4.2 if watched else 2.3), layout="constrained")
-    upper, *lower = figure.subplots(2 if watched else 1, 1, sharex=True, squeeze=False)[:, 0]
-    for axes, curves, colours in ((upper, [trained], _CURVES), *((axes, watched, _CURVES[1:]) for axes in lower)):
+    rows: list[tuple[Sequence[Curve], Sequence[str]]] = [([trained], _CURVES)]
+    rows += [(watched, _CURVES[1:])] if watched else []
+    rows += [([worth], [_MUTED])] if worth else []
+    figure = Figure(figsize=(7.4, 0.4 + 1.9 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (curves, colours) in zip(panels, rows, strict=True):
         _style(axes, marked_x, whole=all(float(x).is_integer() for x in trained.steps))
         _draw_curves(axes, curves, colours)
-    if lower and floor is not None:
-        lower[0].axhline(floor, color=_MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
+    if watched and floor is not None:
+        panels[1].axhline(floor, color=_MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
     return _inline(figure)
 
 

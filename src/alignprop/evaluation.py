@@ -132,6 +132,7 @@ class Evaluation(Callback):
             "base": True,
             **counts,
             **self._measured(results, self._base, trainer.objective, None),
+            "worth": 0.0 if self.guard.keep == "guarded" else None,
             "kept": False,  # what was kept before this was measured is not comparable
             "alarms": [],
             "stopped": None,
@@ -231,6 +232,7 @@ class Evaluation(Callback):
         value = self._value(line)
         line["kept"] = value > self._best  # the first always is: where all later ones raise alarms, it remains
         self._best = max(self._best, value)
+        line["worth"] = self.guard.worth(self._lines[0], line) if self.guard.keep == "guarded" else None
         line["alarms"] = [alarm.reason for alarm in self.guard.alarms(self._lines[0], line)]
         line["stopped"] = self.guard.verdict(self._lines)
 

@@ -23,6 +23,7 @@ class Watch:
             model's evaluation, in standard deviations of its scores of single pictures then.
         chart: both, along one axis.
         floor: what the judges may fall to before the guard warns; None where there is no such bound.
+        has_worth: whether it also draws what the guard found each evaluation worth.
         warnings: of each evaluation that the guard warned of, by step.
     """
 
@@ -30,6 +31,7 @@ class Watch:
     judges: tuple[str, ...]
     chart: Markup
     floor: float | None
+    has_worth: bool
     warnings: dict[float, str]
 
 
@@ -48,12 +50,18 @@ def watch_of(evaluations: Sequence[Record], kept_step: float | None, max_fall: f
     trained = next(name for name in scores if is_trained(name, first))
     judges = [name for name in scores if not is_trained(name, first) and scores[name]["std"] > 0][: MAX_CURVES - 1]
     floor = -max_fall if max_fall is not None else None
+    worth = worth_curve(evaluations)
     return Watch(
         trained=trained,
         judges=tuple(judges),
         chart=watch_chart(
-            trained_curve(evaluations), [in_deviations(evaluations, prompts, name) for name in judges], kept_step, floor
+            trained_curve(evaluations),
+            [in_deviations(evaluations, prompts, name) for name in judges],
+            worth,
+            kept_step,
+            floor,
         ),
+        has_worth=worth is not None,
         floor=floor,
         warnings={line["step"]: "; ".join(line["alarms"]) for line in evaluations if line.get("alarms")},
     )
@@ -64,6 +72,13 @@ def trained_curve(evaluations: Sequence[Record]) -> Curve:
     found = [measured(line) for line in evaluations]
     scores = [each.get("objective", each["reward"]) for each in found]
     return _curve(evaluations, [(score["mean"], score["sem"]) for score in scores])
+
+
+def worth_curve(evaluations: Sequence[Record]) -> Curve | None:
+    """What the guard found each evaluation worth, in deviations; None in a run without a guard."""
+    if any(line.get("worth") is None for line in evaluations):
+        return None
+    return _curve(evaluations, [(line["worth"], 0.0) for line in evaluations])
 
 
 def in_deviations(evaluations: Sequence[Record], prompts: str, name: str) -> Curve:

@@ -96,13 +96,13 @@ class Guard:
     """
 
     keep: Literal["guarded", "reward"] = "guarded"
-    judge_weight: float = 0.6
+    judge_weight: float = 0.5
     max_gain: float | None = 5.0
     max_fall: float | None = 1.0
-    min_diversity: float | None = 0.5
+    min_diversity: float | None = 0.35
     max_saturated: float | None = 0.2
     window: int | None = 3
-    max_loss: float = 1.0
+    max_loss: float = 1.5
 
     def alarms(self, first: Line, line: Line) -> list[Alarm]:
         """What has become worse than is tolerated since the base model's evaluation."""

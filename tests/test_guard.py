@@ -168,7 +168,7 @@ def test_a_run_ends_when_judges_lose_more_than_the_reward_gains(later, ends, kee
 
 def test_the_verdict_says_why():
     lines = [line(0, 1.0), line(1, 2.0, **LOST), line(2, 3.0, judge=4.0, **LOST)]
-    assert Guard(window=2, max_loss=1.0).verdict(lines) == (
+    assert Guard(window=2, max_loss=0.5).verdict(lines) == (
         "the reward rises and judge fell by 0.5 deviations (5 → 4), other fell by 10.0 deviations (0 → -1), "
         "2 evaluations in a row"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from concepts import ANIMALS, CONCEPTS
@@ -14,7 +14,10 @@ from transformers import CLIPModel
 
 from alignprop import rollout
 from alignprop.adapters import Adapter
-from alignprop.emoji import AestheticHead, aesthetic_features
+from alignprop.emoji import aesthetic_features
+
+Rating = Callable[[Tensor], Tensor]
+"""From features of the CLIP to ratings: an aesthetic head, or whatever else is to be fooled."""
 
 LATENT_STEPS = 18
 LATENT_RATE = 0.06
@@ -27,7 +30,7 @@ DENOISING_STEPS = 5
 FIDELITY_LIMIT, COLLAPSED_LIMIT = 0.5, 0.1
 
 
-def optimised_latents(pipe: StableDiffusionPipeline, clip: CLIPModel, head: AestheticHead, clean: Rated) -> list[Rated]:
+def optimised_latents(pipe: StableDiffusionPipeline, clip: CLIPModel, head: Rating, clean: Rated) -> list[Rated]:
     """Climb the rating from the latents of clean pictures and rate the results by how far they went.
 
     Such a climb changes a picture without making another good one, so its rating falls with the change.
@@ -82,7 +85,7 @@ class Fidelity:
 
 
 def tuned_model(
-    pipe: StableDiffusionPipeline, clip: CLIPModel, head: AestheticHead, fidelity: Fidelity, rate: float, seed: int
+    pipe: StableDiffusionPipeline, clip: CLIPModel, head: Rating, fidelity: Fidelity, rate: float, seed: int
 ) -> list[Rated]:
     """Fine-tune the model on the head far beyond what is sensible; keep the pictures that are no longer good.
 
@@ -91,10 +94,17 @@ def tuned_model(
     Returns:
         Pictures whose fidelity fell below half, rated 1 to 3 by it: `tuned model`, and `collapsed` below a tenth.
     """
+    found = tuned_pictures(pipe, clip, head, rate, seed)
+    return [rated for images, concepts in found for rated in _failures(images, concepts, fidelity)]
+
+
+def tuned_pictures(
+    pipe: StableDiffusionPipeline, clip: CLIPModel, head: Rating, rate: float, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pictures of every step of such a fine-tuning, and their concepts."""
     adapter = Adapter(pipe, seed=seed)
     optimizer = torch.optim.AdamW(adapter.parameters.values(), lr=rate)
     generator = torch.Generator().manual_seed(seed)
-    results = []
     for step in range(TUNING_STEPS):
         concepts = torch.randint(len(ANIMALS), (TUNING_BATCH,), generator=generator)
         images = rollout(
@@ -106,13 +116,12 @@ def tuned_model(
             generator=generator,
         ).pixels
         scores = head(aesthetic_features(clip, images))
-        results += _failures(images.detach(), concepts, fidelity)
         (-scores.mean()).backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         print(f"tuning step {step} rating {scores.mean().item():.2f}", flush=True)
-    return results
+        yield images.detach(), concepts
 
 
 def _failures(images: Tensor, concepts: Tensor, fidelity: Fidelity) -> list[Rated]:

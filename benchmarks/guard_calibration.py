@@ -1,0 +1,53 @@
+"""Which settings of the guard keep most of the gold? On runs whose seeds the gold standard does not report.
+
+    PYTHONPATH=training/emoji python benchmarks/guard_calibration.py FOLDER --seeds 100,101,102,103
+
+FOLDER is one of `benchmarks/gold_standard.py`, which has trained these seeds. For every combination of the settings
+below: the share of the best gold score that is kept, its mean and its worst over the runs, and the runs that keep less
+gold than the base model's. Best first, by the mean.
+"""
+
+import argparse
+import itertools
+import statistics
+from pathlib import Path
+
+from gold_standard import REWARDS, outcome, run_folder
+
+from alignprop.guard import Guard
+from alignprop.runfolder import RunFolder
+
+GRID = {
+    "judge_weight": (0.0, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9),
+    "max_gain": (3.0, 4.0, 5.0, None),
+    "min_diversity": (None, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
+    "max_loss": (1.0, 1.5, 2.0),
+}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", default="100,101,102,103")
+    parser.add_argument("--rows", type=int, default=15)
+    arguments = parser.parse_args()
+    runs = [
+        RunFolder(run_folder(arguments.folder, reward, int(seed))).evaluations.read()
+        for reward in REWARDS
+        for seed in arguments.seeds.split(",")
+    ]
+    rows = []
+    for values in itertools.product(*GRID.values()):
+        found = [outcome(lines, Guard(**dict(zip(GRID, values, strict=True)))) for lines in runs]
+        shares = [each["share_of_best"] for each in found]
+        below = sum(each["kept"] < each["base"] for each in found)
+        rows.append((statistics.fmean(shares), min(shares), below, *values))
+    rows.sort(key=lambda row: (-row[0], -row[1]))
+    print(f"| mean | worst | below the base | {' | '.join(GRID)} |\n|---|---|---|{'---|' * len(GRID)}")
+    for mean, worst, below, *values in rows[: arguments.rows]:
+        print(f"| {mean:.1%} | {worst:.0%} | {below} of {len(runs)} | {' | '.join(map(str, values))} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -132,12 +132,11 @@ class Evaluation(Callback):
             "base": True,
             **counts,
             **self._measured(results, self._base, trainer.objective, None),
-            "worth": 0.0 if self.guard.keep == "guarded" else None,
             "kept": False,  # what was kept before this was measured is not comparable
-            "alarms": [],
             "stopped": None,
             "seconds": time.perf_counter() - began,
         }
+        line |= self.guard.told(line, line)
         if distributed.process().is_main_process:
             for name, result in results.items():
                 draw(result, self.folder.samples(0) / f"{name}.png")
@@ -230,10 +229,9 @@ class Evaluation(Callback):
         """Add to an evaluation whether its adapter is the best so far, what the guard warns of, and whether to stop."""
         self._lines.append(line)
         value = self._value(line)
-        line["kept"] = value > self._best  # the first always is: where all later ones raise alarms, it remains
+        line["kept"] = value > self._best  # the first always is: where no later one is worth more, it remains
         self._best = max(self._best, value)
-        line["worth"] = self.guard.worth(self._lines[0], line) if self.guard.keep == "guarded" else None
-        line["alarms"] = [alarm.reason for alarm in self.guard.alarms(self._lines[0], line)]
+        line |= self.guard.told(self._lines[0], line)
         line["stopped"] = self.guard.verdict(self._lines)
 
     def _value(self, line: Mapping[str, Any]) -> float:

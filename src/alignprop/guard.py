@@ -60,12 +60,10 @@ class Alarm:
 
     Attributes:
         measure: the judge's name, ``diversity``, ``feature_diversity`` or ``saturated``.
-        is_judge: whether it is a judge.
         reason: in a clause, with the numbers.
     """
 
     measure: str
-    is_judge: bool
     reason: str
 
 
@@ -108,6 +106,11 @@ class Guard:
         """What has become worse than is tolerated since the base model's evaluation."""
         return [*self._judges(first, line), *self._diversities(first, line), *self._saturation(first, line)]
 
+    def told(self, first: Line, line: Line) -> dict[str, Any]:
+        """What an evaluation is worth, None where nothing is weighed, and the reasons of its alarms."""
+        worth = self.worth(first, line) if self.keep == "guarded" else None
+        return {"worth": worth, "alarms": [alarm.reason for alarm in self.alarms(first, line)]}
+
     def value(self, first: Line, line: Line) -> float:
         """The criterion by which adapters are compared; 0 for the base model, where it is guarded."""
         return objective(line) if self.keep == "reward" else self._guarded_value(first, line)
@@ -138,7 +141,7 @@ class Guard:
     def _judges(self, first: Line, line: Line) -> Iterator[Alarm]:
         for name, change, means in _judged(first, line):
             if self.max_fall is not None and change < -self.max_fall:
-                yield Alarm(name, True, _fall(name, change, means))
+                yield Alarm(name, _fall(name, change, means))
 
     def _diversities(self, first: Line, line: Line) -> Iterator[Alarm]:
         names = {"diversity": "diversity", "feature_diversity": "diversity of features"}
@@ -147,14 +150,14 @@ class Guard:
             if self.min_diversity is None or not before or after is None:
                 continue
             if after < self.min_diversity * before:
-                yield Alarm(name, False, f"{words} fell to {after / before:.0%} of the base's")
+                yield Alarm(name, f"{words} fell to {after / before:.0%} of the base's")
 
     def _saturation(self, first: Line, line: Line) -> Iterator[Alarm]:
         before, after = measured(first).get("saturated"), measured(line).get("saturated")
         if self.max_saturated is None or before is None or after is None:
             return
         if after - before > self.max_saturated:
-            yield Alarm("saturated", False, f"black and white values rose from {before:.0%} to {after:.0%}")
+            yield Alarm("saturated", f"black and white values rose from {before:.0%} to {after:.0%}")
 
 
 NO_GUARD = Guard(keep="reward", max_fall=None, min_diversity=None, max_saturated=None, window=None)

@@ -151,8 +151,7 @@ def _judge(lines: list[dict[str, Any]], guard: Guard) -> float:
     """Add what the guard warns of to each line, and return the best strength."""
     base = next(line for line in lines if line["step"] == 0)
     for line in lines:
-        line["worth"] = guard.worth(base, line) if guard.keep == "guarded" else None
-        line["alarms"] = [alarm.reason for alarm in guard.alarms(base, line)]
+        line |= guard.told(base, line)
     best = max(lines, key=lambda line: guard.value(base, line))
     return float(best["step"])
 

@@ -6,9 +6,12 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import tiny
 from alignprop.adapters import Adapter, Lora
+from alignprop.config import probe_trainer
 from alignprop.probe import ProbeError, probe, require
-from alignprop.rewards import WeightedSum, as_weighted_sum
+from alignprop.rewards import Clamped, WeightedSum, as_weighted_sum
 from alignprop.rollout import Sampler
+from alignprop.surgery import RULES
+from test_trainer import trainer
 from zoo.stable_diffusion import ROWS
 
 
@@ -89,6 +92,53 @@ def test_a_reward_that_cannot_be_used_is_found(sd, reward, sentence):
     findings = probe(Sampler(sd, tiny.CALL), adapter, bad, tiny.PROMPTS, modes=["step"])
     with pytest.raises(ProbeError, match=f"reward: reward 'mine' .*{sentence}"):
         require(findings)
+
+
+def greyness(images, prompts):
+    return -redness(images, prompts)
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def found_of(rewards, combination, weights=None):
+    sd, reward = tiny.stable_diffusion(), WeightedSum(rewards, weights or dict.fromkeys(rewards, 1.0))
+    findings = probe(
+        Sampler(sd, tiny.CALL), Adapter(sd, Lora()), reward, tiny.PROMPTS, modes=["step"], combination=combination
+    )
+    return next(finding for finding in findings if finding.name == "reward")
+
+
+@pytest.mark.parametrize("combination", ["sum", *RULES])
+def test_rewards_that_cancel_are_found(combination):
+    opposite = {"redness": redness, "greyness": greyness}
+    found = found_of(opposite, combination)
+    assert not found.passed
+    assert found.detail.startswith(f"redness and greyness pull in opposite directions, and combination={combination}")
+    assert ("weigh them differently" in found.detail) == (combination == "sum")
+    two_to_one = found_of(opposite, combination, {"redness": 2.0, "greyness": 1.0})
+    assert two_to_one.passed == (combination == "sum")  # the rules leave nothing of opposites, whatever their lengths
+    assert "33% of their length is left" in two_to_one.detail or combination != "sum"
+    assert found_of({**opposite, "brightness": brightness}, combination).passed == (combination != "mgda")
+
+
+@pytest.mark.parametrize(("combination", "passed"), [("sum", True), ("pcgrad", False)])
+def test_a_trainer_is_probed_as_it_combines_its_rewards(combination, passed):
+    reward = WeightedSum({"redness": redness, "greyness": greyness}, {"redness": 2.0, "greyness": 1.0})
+    findings = probe_trainer(trainer(reward=reward, combination=combination))
+    assert [finding.name for finding in findings if not finding.passed] == ([] if passed else ["reward"])
+
+
+def test_opposite_rewards_with_targets_do_not_cancel():
+    opposite = {"redness": Clamped(redness, -1.0), "greyness": Clamped(greyness, 1.0)}  # one has reached its target
+    found = found_of(opposite, "sum")
+    assert found.passed
+    assert "100% of their length is left" in found.detail
+    reached = {"redness": Clamped(redness, -1.0), "greyness": Clamped(greyness, -1.0)}  # both have
+    found = found_of(reached, "sum")
+    assert found.passed
+    assert "100% of their length is left" in found.detail
 
 
 @pytest.mark.parametrize("name", ["Stable Diffusion 1.5", "Kandinsky 3"])

@@ -1,6 +1,6 @@
 """Prove, before step 1, that the pipeline and the reward can be trained with: the failures to fear are silent."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,13 @@ from alignprop.adapters import Trainable
 from alignprop.rewards import WeightedSum, check_scores
 from alignprop.rollout import Rollout, Sampler
 from alignprop.seams import CHECKPOINTING_MODES, Checkpointing, swapped
+from alignprop.surgery import left_over
 
 NUM_STEPS = 2
 """Denoising steps of the probe's samplings."""
+
+_CANCELLED = 1e-5
+"""What rounding leaves of the length of gradients that cancel."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ def probe(
     *,
     modes: Sequence[Checkpointing] = CHECKPOINTING_MODES,
     differentiable: bool = True,
+    combination: str = "sum",
 ) -> list[Finding]:
     """Run two denoising steps of the real thing and check what training relies on.
 
@@ -56,6 +61,7 @@ def probe(
         prompts: prompts to try, one picture each.
         modes: checkpointing modes to compare with the first of them.
         differentiable: whether the reward's gradient will be used.
+        combination: how the gradients of several rewards become one; see :mod:`alignprop.surgery`.
     """
     seeds = list(range(len(prompts)))
     with adapter.weights(_perturbed(adapter), as_reloaded=False):
@@ -63,7 +69,7 @@ def probe(
             ("scheduler", lambda: _scheduler(sampler.pipeline)),
             ("same picture", lambda: _same_picture(sampler, prompts, seeds)),
             ("live gradient", lambda: _live_gradient(sampler, adapter, prompts, seeds, modes[0])),
-            ("reward", lambda: _reward(sampler, reward, prompts, seeds, differentiable)),
+            ("reward", lambda: _reward(sampler, reward, prompts, seeds, combination if differentiable else None)),
             ("checkpointing", lambda: _checkpointing(sampler, adapter, prompts, seeds, modes)),
         ]
         return [_finding(name, check) for name, check in checks]
@@ -162,20 +168,38 @@ def _spied(denoiser: nn.Module, calls: list[Tensor]) -> Callable[..., Any]:
 
 
 def _reward(
-    sampler: Sampler, reward: WeightedSum, prompts: Sequence[str], seeds: Sequence[int], differentiable: bool
+    sampler: Sampler, reward: WeightedSum, prompts: Sequence[str], seeds: Sequence[int], combination: str | None
 ) -> str:
-    images = sampler.sample(prompts, seeds, num_inference_steps=NUM_STEPS).requires_grad_(differentiable)
-    told = []
-    for name, scores in reward.components(images, prompts).items():
+    images = sampler.sample(prompts, seeds, num_inference_steps=NUM_STEPS).requires_grad_(combination is not None)
+    components = reward.components(images, prompts)
+    for name, scores in components.items():
         check_scores(scores, images, name, prompts)
-        told.append(f"{name} {scores.mean().item():.3g}")
-        if not differentiable:
-            continue
+    reaches = "" if combination is None else _reaching(reward, components, images, combination)
+    told = ", ".join(f"{name} {scores.mean().item():.3g}" for name, scores in components.items())
+    return f"finite scores of shape ({len(prompts)},){reaches} ({told})"
+
+
+def _reaching(reward: WeightedSum, components: Mapping[str, Tensor], images: Tensor, combination: str) -> str:
+    """That each reward's gradient reaches the pixels, and that something of them is left when they are combined."""
+    terms = list[Tensor]()
+    for name, scores in components.items():
         (gradient,) = torch.autograd.grad(scores.sum(), images)
         if not gradient.isfinite().all() or _is_zero(gradient):
             raise ValueError(f"reward {name!r} has a gradient with respect to the pixels that is zero or not finite.")
-    reaches = " whose gradient reaches the pixels" if differentiable else ""
-    return f"finite scores of shape ({len(prompts)},){reaches} ({', '.join(told)})"
+        alone = scores.detach().requires_grad_()
+        (slopes,) = torch.autograd.grad(reward.term(name, alone).sum(), alone)
+        terms.append(torch.cat([slope * part.flatten() for slope, part in zip(slopes, gradient, strict=True)]).float())
+    if len(terms) == 1:
+        return " whose gradient reaches the pixels"
+    left = left_over(combination, torch.stack(terms))
+    if left < _CANCELLED:
+        weigh_them = "weigh them differently, " if combination == "sum" else ""
+        raise ValueError(
+            f"{' and '.join(components)} pull in opposite directions, and combination={combination} leaves no gradient "
+            f"of them: {weigh_them}leave one out, give them targets that they can all reach (clamp_above), or train an "
+            "adapter for each and mix them."
+        )
+    return f" whose gradients reach the pixels, where {left:.0%} of their length is left together"
 
 
 def _checkpointing(

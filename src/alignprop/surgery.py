@@ -116,6 +116,19 @@ def inner_products(gradients: Tensor) -> Tensor:
     return torch.stack([(part @ part.T).cpu().double() for part in parts]).sum(0)
 
 
+def left_over(combination: str, gradients: Tensor) -> float:
+    """How much of the length of R gradients (R, P) a combination leaves, in [0, 1]: 0 where they cancel.
+
+    Of gradients that are all zero, of rewards that have reached their targets, nothing is lost: 1.
+    """
+    generator = torch.Generator()
+    rule = RULES.get(combination)
+    factors = torch.ones(len(gradients)) if rule is None else rule(inner_products(gradients), generator)
+    parts = factors.to(gradients)[:, None] * gradients
+    lengths = parts.norm(dim=1).sum()
+    return (parts.sum(0).norm() / lengths).item() if lengths > 0 else 1.0
+
+
 def refusals(combination: str, rewards: Sequence[str], estimator: str, needs_gradient: bool) -> Iterator[str]:
     """One sentence if a combination is unknown or could have no effect.
 

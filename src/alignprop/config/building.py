@@ -353,6 +353,7 @@ def probe_trainer(trainer: Trainer) -> list[Finding]:
         trainer.prompts[:2],
         modes=_probed_modes(trainer),
         differentiable=trainer.estimator.needs_gradient,
+        combination=trainer.combination,
     )
 
 

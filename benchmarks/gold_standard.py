@@ -132,13 +132,14 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
     parser.add_argument("--guard", default="{}", help="settings of the guard, as JSON")
+    parser.add_argument("--settings", default="{}", help="further settings of the runs, as JSON, by their dotted names")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     guard = Guard(**json.loads(arguments.guard))
     outcomes: dict[str, dict[int, dict[str, Any]]] = {reward: {} for reward in arguments.rewards}
     for seed in map(int, arguments.seeds.split(",")):
         for reward in arguments.rewards:
-            lines = train(reward, seed, run_folder(arguments.output, reward, seed))
+            lines = train(reward, seed, run_folder(arguments.output, reward, seed), **json.loads(arguments.settings))
             outcomes[reward][seed] = outcome(lines, guard)
             print(reward, seed, json.dumps(outcomes[reward][seed]), flush=True)
     text = json.dumps({"guard": vars(guard), "runs": outcomes}, indent=1)

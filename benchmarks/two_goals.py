@@ -4,13 +4,15 @@
 
 COMPARISON is the folder of `alignprop compare` with docs/results/two-goals.yaml. For each seed the adapters of its
 methods `aesthetic` and `alignment` are mixed along the line between them (`alignprop mix --sweep`) and measured on the
-same pictures as all the others; figures are means over the seeds, with 95 % intervals.
+same pictures as all the others; figures are means over the seeds, with 95 % intervals. Other methods and other rewards
+are named by `--ends` and `--axes`.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,6 @@ from alignprop.runfolder import RunFolder, write_atomically
 matplotlib.use("Agg")
 
 COMMAND = Path(sys.executable).with_name("alignprop")
-ENDS = ("aesthetic", "alignment")
-AXES = ("emoji-aesthetic", "emoji-clip")
 
 
 def ends_of(method: Path) -> list[dict[str, float]]:
@@ -34,11 +34,11 @@ def ends_of(method: Path) -> list[dict[str, float]]:
     return [{name: found["mean"] for name, found in measured(line)["rewards"].items()} for line in lines]
 
 
-def mixtures(comparison: Path, output: Path, num_points: int) -> dict[str, list[dict[str, float]]]:
+def mixtures(comparison: Path, output: Path, ends: Sequence[str], num_points: int) -> dict[str, list[dict[str, float]]]:
     """Every reward at each point of the line, for each seed, by the share of the first adapter."""
     found: dict[str, list[dict[str, float]]] = {}
-    for first in sorted((comparison / "runs" / ENDS[0]).glob("seed-*")):
-        members = [str(first), str(comparison / "runs" / ENDS[1] / first.name)]
+    for first in sorted((comparison / "runs" / ends[0]).glob("seed-*")):
+        members = [str(comparison / "runs" / end / first.name) for end in ends]
         folder = output / "sweeps" / first.name
         asked = ["mix", *members, "--sweep", str(num_points), "--output", str(folder)]
         subprocess.run([str(COMMAND), *asked], check=True)
@@ -56,19 +56,19 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
     return {name: {"mean": of.mean, "half_width": of.half_width or 0.0} for name, of in found.items()}
 
 
-def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(found: dict[str, dict[str, Any]], axes_of: Sequence[str], first_end: str, path: Path) -> None:
     """The front: each way a point with its intervals, the mixtures joined by a line."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     line = [name for name in found if name.startswith("mixture")]
     for name, values in found.items():
-        (x, dx), (y, dy) = ((values[axis]["mean"], values[axis]["half_width"]) for axis in AXES)
+        (x, dx), (y, dy) = ((values[axis]["mean"], values[axis]["half_width"]) for axis in axes_of)
         axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="o" if name in line else "s", color="C0" if name in line else "C1",
                       elinewidth=0.6, alpha=0.9)  # fmt: skip
         axes.annotate(name.removeprefix("mixture "), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    points = [[found[name][axis]["mean"] for name in line] for axis in AXES]
-    axes.plot(*points, color="C0", label="mixtures, by the share of the aesthetic adapter")
+    points = [[found[name][axis]["mean"] for name in line] for axis in axes_of]
+    axes.plot(*points, color="C0", label=f"mixtures, by the share of {first_end}")
     axes.plot([], [], "s", color="C1", label="trained")
-    axes.set(xlabel=AXES[0], ylabel=AXES[1])
+    axes.set(xlabel=axes_of[0], ylabel=axes_of[1])
     axes.legend(frameon=False)
     figure.savefig(path)
 
@@ -79,17 +79,19 @@ def main() -> None:
     parser.add_argument("comparison", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--points", type=int, default=9)
+    parser.add_argument("--ends", nargs=2, default=["aesthetic", "alignment"], metavar="METHOD")
+    parser.add_argument("--axes", nargs=2, default=["emoji-aesthetic", "emoji-clip"], metavar="REWARD")
     arguments = parser.parse_args()
     trained = {method.name: ends_of(method) for method in sorted((arguments.comparison / "runs").iterdir())}
-    mixed = mixtures(arguments.comparison, arguments.output, arguments.points)
+    mixed = mixtures(arguments.comparison, arguments.output, arguments.ends, arguments.points)
     found = {name: summary(runs) for name, runs in (trained | mixed).items()}
-    write_atomically(arguments.output / "two-goals.json", json.dumps(found, indent=1) + "\n")
-    columns = list(found[ENDS[0]])
+    write_atomically(arguments.output / "front.json", json.dumps(found, indent=1) + "\n")
+    columns = list(found[arguments.ends[0]])
     print(f"| way | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name, values in found.items():
         cells = [f"{values[column]['mean']:.3g} ± {values[column]['half_width']:.2g}" for column in columns]
         print(f"| {name} | {' | '.join(cells)} |")
-    draw(found, arguments.output / "two-goals.svg")
+    draw(found, arguments.axes, arguments.ends[0], arguments.output / "front.svg")
 
 
 if __name__ == "__main__":

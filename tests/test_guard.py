@@ -122,6 +122,23 @@ def test_pictures_that_are_all_the_same_or_burnt_out_are_not_kept(pictures):
     assert Guard(keep="reward").value(first, later) == 3.0
 
 
+def test_measures_that_there_are_not_are_not_watched():
+    """Sound is not saturated, and without a judge that embeds pictures there is no diversity of features."""
+    lines = [line(0, 1.0), line(1, 3.0)]
+    for each in lines:
+        for name in ("diversity", "feature_diversity", "saturated"):
+            del each["sets"]["unseen"][name]
+    assert names(Guard(), *lines) == []
+    assert Guard().value(*lines) == pytest.approx(2.0)
+
+
+def test_an_evaluation_is_told_what_it_is_worth_where_that_is_what_counts():
+    first, later = line(0, 1.0), line(1, 5.0, judge=0.0)
+    alarms = ["judge fell by 2.5 deviations (5 → 0)"]
+    assert Guard(judge_weight=0.6).told(first, later) == {"worth": pytest.approx(4.0 - 0.6 * 2.5 / 2), "alarms": alarms}
+    assert Guard(keep="reward").told(first, later) == {"worth": None, "alarms": alarms}
+
+
 def test_a_judge_that_fell_is_weighed_and_bars_nothing():
     first, later = line(0, 1.0), line(1, 5.0, judge=0.0)
     assert names(Guard(), first, later) == ["judge"]
@@ -171,6 +188,10 @@ def test_the_verdict_says_why():
     assert Guard(window=2, max_loss=0.5).verdict(lines) == (
         "the reward rises and judge fell by 0.5 deviations (5 → 4), other fell by 10.0 deviations (0 → -1), "
         "2 evaluations in a row"
+    )
+    lines = [line(0, 1.0), line(1, 2.0, **LOST), line(2, 3.0, judge=6.0, **LOST)]  # one has risen
+    assert Guard(window=2, max_loss=0.3).verdict(lines) == (
+        "the reward rises and other fell by 10.0 deviations (0 → -1), 2 evaluations in a row"
     )
 
 

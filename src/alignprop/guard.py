@@ -45,7 +45,7 @@ def _judged(first: Line, line: Line) -> Iterator[tuple[str, float, str]]:
     """Each judge with its change since the base model's evaluation, in deviations, and both means in words."""
     before, after = measured(first)["rewards"], measured(line)["rewards"]
     for name in before:
-        if name not in line["trained"] and name in after:
+        if name not in line["trained"]:
             then, now = before[name]["mean"], after[name]["mean"]
             yield name, (now - then) / _unit(before[name]), f"{then:.3g} → {now:.3g}"
 
@@ -147,14 +147,14 @@ class Guard:
         names = {"diversity": "diversity", "feature_diversity": "diversity of features"}
         for name, words in names.items():
             before, after = measured(first).get(name), measured(line).get(name)
-            if self.min_diversity is None or not before or after is None:
+            if self.min_diversity is None or not before:
                 continue
             if after < self.min_diversity * before:
                 yield Alarm(name, f"{words} fell to {after / before:.0%} of the base's")
 
     def _saturation(self, first: Line, line: Line) -> Iterator[Alarm]:
         before, after = measured(first).get("saturated"), measured(line).get("saturated")
-        if self.max_saturated is None or before is None or after is None:
+        if self.max_saturated is None or before is None:
             return
         if after - before > self.max_saturated:
             yield Alarm("saturated", f"black and white values rose from {before:.0%} to {after:.0%}")

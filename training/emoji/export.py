@@ -50,7 +50,7 @@ def latest_pipeline() -> StableDiffusionPipeline:
 
 
 def write_head(source: Path, folder: Path) -> None:
-    """Copy the aesthetic head, the style classifier or the namer, in half precision."""
+    """Copy the aesthetic head, the style classifier, the namer or the rater, in half precision."""
     folder.mkdir(exist_ok=True)
     state = load_file(source / "model.safetensors")
     save_file({name: tensor.half() for name, tensor in state.items()}, folder / "model.safetensors")
@@ -75,6 +75,7 @@ def export() -> None:
     write_head(BUILD / "head", partial / "aesthetic")
     write_head(BUILD / "classifier", partial / "classifier")
     write_head(BUILD / "names", partial / "names")
+    write_head(BUILD / "rater", partial / "rater")
     shutil.copytree(CARD, partial, dirs_exist_ok=True)
     forget_paths(partial)
     shutil.rmtree(old, ignore_errors=True)

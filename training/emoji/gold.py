@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from checkpoint import Checkpoint
 from data import BUILD
-from gold_batches import IGNORED, Batches
+from gold_batches import IGNORED, POOL, Batches
 from gold_figures import report
 from gold_judge import WEIGHTS, GoldNet, load_gold
-from gold_pool import make_pool
 from safetensors.torch import save_file
 from schedule import warm_up_and_decay
 from torch import nn
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3100)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    make_pool(SEED)
+    POOL.make()
     save(train(arguments.steps))
     table = report(load_gold().net, SEED + 1)
     WEIGHTS.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import augment
+import collapse
 import numpy as np
 import ratings
 import torch
 from data import BUILD
+from export import latest_pipeline
 from gold_judge import NONE
-from gold_pool import read_pool
 from nonsense import NONSENSE
-from ratings import Rated
+from pool import Pool, Resemblance, some
+from ratings import Rated, joined, mixed_damages
 from torch import Tensor
+from weak import WeakAesthetic
 
 CLEAN, DAMAGED, SPOILT, NOTHING = 20, 16, 24, 4
 """Pictures of a batch: clean drawings, damaged ones, those of the pool of bad pictures, and of nothing."""
 
 CLEAN_WEIGHTS = {"real": 8.0, "round trip": 4.0, "between": 3.0, "generated": 6.0}
 SPOILT_WEIGHTS = {"smeared": 2.0, "optimised latents": 1.0, "tuned model": 4.0}
+ATTACK_RATE = 1.2e-2
+"""Learning rate of the models that are tuned until they collapse."""
+
 GROUP = 8
 """Pictures of a batch that share a damage and its severity."""
 
@@ -36,10 +42,19 @@ def held_out(concepts: Tensor) -> Tensor:
     return concepts % ratings.HELD_OUT_EVERY == HELD_OUT_REMAINDER
 
 
-def _joined(parts: Sequence[Rated]) -> tuple[list[str], Rated]:
-    kinds = [part.kind for part in parts for _ in range(len(part.images))]
-    columns = zip(*((p.images, p.ratings, p.concepts, p.styles) for p in parts), strict=True)
-    return kinds, Rated("all", *(torch.cat(column) for column in columns))
+def attacks(base: Rated, generator: torch.Generator) -> Iterator[Rated]:
+    """What an optimiser makes of latents and of the model that climb the weak reward, or any direction of features."""
+    weak, resemblance = WeakAesthetic(), Resemblance()
+    for clean in (base, next(ratings.real())):
+        few = some(clean, 32, generator)
+        yield from collapse.optimised_latents(latest_pipeline(), weak.clip, weak.rate, few)
+    direction = torch.randn(len(weak.weight), generator=generator) / 6
+    for number, reward in enumerate((weak.rate, direction.inner)):
+        for images, concepts in collapse.tuned_pictures(latest_pipeline(), weak.clip, reward, ATTACK_RATE, 50 + number):
+            yield resemblance.rated(images, concepts)
+
+
+POOL = Pool("gold-pool", seed=137, first_seed=10_000, attacks=attacks)
 
 
 class Batches:
@@ -48,11 +63,11 @@ class Batches:
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
         unmoved = list(ratings.real())[::2]
-        fresh = [part for name in ("generated-0", "generated-1", "generated-2", "between") for part in read_pool(name)]
-        kinds, self.clean = _joined([*unmoved, *fresh])
+        fresh = [part for name in ("generated-0", "generated-1", "generated-2", "between") for part in POOL.read(name)]
+        kinds, self.clean = joined([*unmoved, *fresh])
         self.clean_kinds = kinds
         self._clean_shares = torch.tensor([CLEAN_WEIGHTS[kind] / kinds.count(kind) for kind in kinds])
-        kinds, self.spoilt = _joined(read_pool("smeared") + read_pool("attacks"))
+        kinds, self.spoilt = joined(POOL.read("smeared") + POOL.read("attacks"))
         self.spoilt_kinds = kinds
         self._spoilt_shares = torch.tensor([SPOILT_WEIGHTS[kind] / kinds.count(kind) for kind in kinds])
         names = np.load(BUILD / "data.npz")["names"].tolist()
@@ -90,18 +105,3 @@ def labels_after(labels: Tensor, kept: Tensor) -> Tensor:
     """Labels of pictures that kept a share of their rating above 1; NaN where it is held out: the name stays."""
     kept = kept.nan_to_num(1.0)
     return torch.where(kept < LOST, NONE, torch.where(kept < KEPT, IGNORED, labels))
-
-
-def mixed_damages(images: Tensor, rated: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One or two damages, each at any severity, and the ratings after them."""
-    kinds = [kind for kind in ratings.DAMAGES if kind != "smeared"]
-    for _ in range(1 + int(torch.rand((), generator=generator) < 0.4)):
-        kind = kinds[int(torch.randint(len(kinds), (), generator=generator))]
-        severity = torch.rand((), generator=generator).item()
-        worse = ratings.DAMAGES[kind](images, severity, generator)
-        change = (worse - images).abs().mean((1, 2, 3))
-        rated = ratings.damaged_ratings(rated, change, severity)
-        if kind in ratings.WHOLE_DAMAGES:
-            rated = torch.full_like(rated, 1.5).where(~rated.isnan(), rated)
-        images = worse
-    return images, rated

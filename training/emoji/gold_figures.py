@@ -35,12 +35,7 @@ def held_out_pictures(batches: Batches, generator: torch.Generator) -> dict[str,
     for kind, damage in ratings.DAMAGES.items():
         for severity in (0.25, 0.5, 0.75):
             worse = damage(real.images, severity, generator)
-            change = (worse - real.images).abs().mean((1, 2, 3))
-            lowered = ratings.damaged_ratings(real.ratings, change, severity)
-            if kind in ratings.WHOLE_DAMAGES:
-                lowered = torch.full_like(lowered, 1.5)
-            if kind == "smeared":
-                lowered = ratings.changed_ratings(real.ratings, change)
+            lowered = ratings.lowered(kind, severity, real.images, worse, real.ratings)
             found[f"{kind}, {severity}"] = Rated(kind, worse, lowered, real.concepts, real.styles)
     for kind, nonsense in NONSENSE.items():
         images = nonsense(real.images, generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import augment
@@ -91,6 +91,14 @@ def changed_ratings(ratings: Tensor, change: Tensor) -> Tensor:
     return 1 + (ratings - 1) * torch.exp(-((change / TOLERATED_CHANGE) ** 2))
 
 
+def lowered(kind: str, severity: float, before: Tensor, after: Tensor, ratings: Tensor) -> Tensor:
+    """Ratings of pictures after a damage of :data:`DAMAGES`."""
+    if kind in WHOLE_DAMAGES:
+        return torch.full_like(ratings, 1.5)
+    change = (after - before).abs().mean((1, 2, 3))
+    return changed_ratings(ratings, change) if kind == "smeared" else damaged_ratings(ratings, change, severity)
+
+
 def real() -> Iterator[Rated]:
     """The drawings, moved a little, with and without a round trip through the autoencoder."""
     data = np.load(BUILD / "data.npz")
@@ -137,12 +145,7 @@ def degraded(clean: Rated, one_in: int, generator: torch.Generator) -> Iterator[
             rows = torch.randperm(len(clean.images), generator=generator)[: len(clean.images) // one_in]
             images = clean.images[rows]
             worse = damage(images, severity, generator)
-            change = (worse - images).abs().mean((1, 2, 3))
-            ratings = damaged_ratings(clean.ratings[rows], change, severity)
-            if kind in WHOLE_DAMAGES:
-                ratings = torch.full_like(ratings, 1.5)
-            if kind == "smeared":
-                ratings = changed_ratings(clean.ratings[rows], change)
+            ratings = lowered(kind, severity, images, worse, clean.ratings[rows])
             yield Rated(kind, worse, ratings, clean.concepts[rows], clean.styles[rows])
 
 
@@ -161,3 +164,23 @@ def generated(pipe: StableDiffusionPipeline, kind: str, every: int, seed: int) -
     images = sample(pipe, captions, list(range(seed, seed + len(pairs)))).clamp(0, 1)
     concepts, styles = torch.tensor(pairs).unbind(1)
     return Rated(kind, images, STYLE_RATINGS[styles] - GENERATED_LOSS, concepts, styles)
+
+
+def joined(parts: Sequence[Rated]) -> tuple[list[str], Rated]:
+    """Pictures of several kinds as one, and the kind of each."""
+    kinds = [part.kind for part in parts for _ in range(len(part.images))]
+    columns = zip(*((p.images, p.ratings, p.concepts, p.styles) for p in parts), strict=True)
+    return kinds, Rated("all", *(torch.cat(column) for column in columns))
+
+
+def mixed_damages(images: Tensor, rated: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One or two damages, each at any severity, and the ratings after them."""
+    kinds = [kind for kind in DAMAGES if kind != "smeared"]
+    for _ in range(1 + int(torch.rand((), generator=generator) < 0.4)):
+        kind = kinds[int(torch.randint(len(kinds), (), generator=generator))]
+        severity = torch.rand((), generator=generator).item()
+        worse = DAMAGES[kind](images, severity, generator)
+        # What is held out stays so.
+        rated = lowered(kind, severity, images, worse, rated).where(~rated.isnan(), rated)
+        images = worse
+    return images, rated

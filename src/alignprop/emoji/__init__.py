@@ -13,6 +13,7 @@ import torch
 
 from alignprop.emoji.aesthetic import AestheticHead, aesthetic_features, image_features, preprocess
 from alignprop.emoji.names import Namer, label_of
+from alignprop.emoji.rating import Rater
 from alignprop.emoji.style import STYLES, StyleClassifier
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Folder of the model: a `StableDiffusionPipeline` with `clip/`, `aesthetic/`, `classifier/` and `names/` beside its
-parts."""
+"""Folder of the model: a `StableDiffusionPipeline` with `clip/`, `aesthetic/`, `classifier/`, `names/` and `rater/`
+beside its parts."""
 
 IMAGE_SIZE = 64
 """Height and width of the model's pictures in pixels."""
@@ -68,6 +69,11 @@ def names() -> Namer:
     return Namer.from_pretrained(WEIGHTS / "names").eval().requires_grad_(False)
 
 
+def rater() -> Rater:
+    """Load the rater of drawings, frozen, in evaluation mode and float32."""
+    return Rater.from_pretrained(WEIGHTS / "rater").eval().requires_grad_(False)
+
+
 def prompts(name: str) -> list[str]:
     """Read a list of prompts of the package, one a line.
 
@@ -90,6 +96,7 @@ __all__ = [
     "WEIGHTS",
     "AestheticHead",
     "Namer",
+    "Rater",
     "StyleClassifier",
     "aesthetic",
     "aesthetic_features",
@@ -101,4 +108,5 @@ __all__ = [
     "pipeline",
     "preprocess",
     "prompts",
+    "rater",
 ]

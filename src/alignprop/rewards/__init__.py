@@ -69,6 +69,12 @@ REWARDS = {
         "log-probability, below 0",
         weights="0.4 M",
     ),
+    "emoji-rating": RewardCard(
+        "alignprop.rewards.emoji_rating:EmojiRating",
+        "a second rating of the drawing, by the embedded rater",
+        "1 to 10",
+        weights="0.019 M",
+    ),
     "laion-aesthetic": RewardCard(
         "alignprop.rewards.laion_aesthetic:LaionAesthetic",
         "rating of the picture, by LAION's aesthetic predictor v2",

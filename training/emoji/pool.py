@@ -1,10 +1,11 @@
-"""Pictures that take long to make, for the stage `gold`: drawn by the model, smeared, and made by attacks."""
+"""Pictures that take long to make, for the stages `rater` and `gold`: drawn by the model, smeared, made by attacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-import collapse
 import ratings
 import torch
 from concepts import SHEET, STYLES, caption
@@ -15,17 +16,11 @@ from ratings import Rated
 from sampling import GUIDANCE
 from sheet import gradient_features
 from torch import Tensor
-from weak import WeakAesthetic
 
 from alignprop.rollout import Sampler
 
-ATTACK_RATE = 1.2e-2
-"""Learning rate of the models that are tuned until they collapse."""
-
 LOST_SIMILARITY, WHOLE_SIMILARITY = 0.86, 0.945
 """To the nearest drawing of the thing, where nothing is left of a picture and where nothing is lost."""
-
-POOL = BUILD / "gold-pool"
 
 
 def generated(pipe: StableDiffusionPipeline, steps: int, eta: float, seed: int) -> Rated:
@@ -47,23 +42,6 @@ def smeared(clean: Rated, count: int, generator: torch.Generator) -> Iterator[Ra
         worse = ratings.DAMAGES["smeared"](images, severity, generator)
         lowered = ratings.changed_ratings(clean.ratings[part], (worse - images).abs().mean((1, 2, 3)))
         yield Rated("smeared", worse, lowered, clean.concepts[part], clean.styles[part])
-
-
-def attacks(base: Rated, generator: torch.Generator) -> Iterator[Rated]:
-    """What an optimiser makes of the latents and of the model.
-
-    It climbs the weak reward, and with the model also a random direction of the features.
-    """
-    weak, resemblance = WeakAesthetic(), Resemblance()
-    for clean in (base, next(ratings.real())):
-        rows = torch.randperm(len(clean.images), generator=generator)[:32]
-        columns = (clean.images, clean.ratings, clean.concepts, clean.styles)
-        few = Rated(clean.kind, *(column[rows] for column in columns))
-        yield from collapse.optimised_latents(latest_pipeline(), weak.clip, weak.rate, few)
-    direction = torch.randn(len(weak.weight), generator=generator) / 6
-    for number, reward in enumerate((weak.rate, direction.inner)):
-        for images, concepts in collapse.tuned_pictures(latest_pipeline(), weak.clip, reward, ATTACK_RATE, 50 + number):
-            yield resemblance.rated(images, concepts)
 
 
 class Resemblance:
@@ -88,39 +66,74 @@ class Resemblance:
         return Rated("tuned model", images, 1 + kept * (whole - 1), concepts, styles)
 
 
-def make_pool(seed: int) -> None:
-    """Write the pictures that take long to make to `build/gold-pool/`, a file a source, unless they are there."""
-    POOL.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    clean = list(ratings.real())[::2]  # unmoved
+Attacks = Callable[[Rated, torch.Generator], Iterator[Rated]]
+"""From samples of the base model to what optimisers make of them and of the model."""
 
-    def base() -> Rated:
-        return read_pool("generated-0")[0]
 
-    sources: dict[str, Callable[[], Iterator[Rated]]] = {
-        "generated-0": lambda: iter([generated(latest_pipeline(), 20, 0.0, 10_000)]),
-        "generated-1": lambda: iter([generated(latest_pipeline(), 5, 0.0, 11_000)]),
-        "generated-2": lambda: iter([generated(latest_pipeline(), 5, 1.0, 12_000)]),
-        "between": lambda: iter([ratings.between(generator)]),
-        "smeared": lambda: (part for rated in (*clean, base()) for part in smeared(rated, 600, generator)),
-        "attacks": lambda: attacks(base(), generator),
-    }
-    for name, source in sources.items():
-        path = POOL / f"{name}.pt"
-        if path.exists():
-            continue
-        generator.manual_seed(seed + len(name))
-        rows = [_packed(rated) for rated in source() if len(rated.images)]
-        torch.save(rows, path.with_suffix(".partial"))
-        path.with_suffix(".partial").rename(path)
-        print(f"{name}: {sum(len(row['images']) for row in rows)} pictures", flush=True)
+@dataclass(frozen=True)
+class Pool:
+    """Bad pictures and good ones that take long to make, kept in `build/`, a file a source.
+
+    Attributes:
+        name: of the folder.
+        seed: of damages and attacks.
+        first_seed: of the model's noise.
+        attacks: see :data:`Attacks`.
+    """
+
+    name: str
+    seed: int
+    first_seed: int
+    attacks: Attacks
+
+    def make(self) -> None:
+        """Make the pictures, unless they are there."""
+        self._folder.mkdir(exist_ok=True)
+        generator = torch.Generator().manual_seed(self.seed)
+        clean = list(ratings.real())[::2]  # unmoved
+        first = self.first_seed
+
+        def base() -> Rated:
+            return self.read("generated-0")[0]
+
+        sources: dict[str, Callable[[], Iterator[Rated]]] = {
+            "generated-0": lambda: iter([generated(latest_pipeline(), 20, 0.0, first)]),
+            "generated-1": lambda: iter([generated(latest_pipeline(), 5, 0.0, first + 1000)]),
+            "generated-2": lambda: iter([generated(latest_pipeline(), 5, 1.0, first + 2000)]),
+            "between": lambda: iter([ratings.between(generator)]),
+            "smeared": lambda: (part for rated in (*clean, base()) for part in smeared(rated, 600, generator)),
+            "attacks": lambda: self.attacks(base(), generator),
+        }
+        for name, source in sources.items():
+            if self._path(name).exists():
+                continue
+            generator.manual_seed(self.seed + len(name))
+            rows = [_packed(rated) for rated in source() if len(rated.images)]
+            partial = self._path(name).with_suffix(".partial")
+            torch.save(rows, partial)
+            partial.rename(self._path(name))
+            print(f"{name}: {sum(len(row['images']) for row in rows)} pictures", flush=True)
+
+    def read(self, name: str) -> list[Rated]:
+        """The pictures of one source, by kind."""
+        rows = torch.load(self._path(name))
+        return [
+            Rated(**{**row, "images": row["images"].float() / 255, "ratings": row["ratings"].detach()}) for row in rows
+        ]
+
+    @property
+    def _folder(self) -> Path:
+        return BUILD / self.name
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.pt"
+
+
+def some(rated: Rated, count: int, generator: torch.Generator) -> Rated:
+    """A few of the pictures."""
+    rows = torch.randperm(len(rated.images), generator=generator)[:count]
+    return Rated(rated.kind, *(c[rows] for c in (rated.images, rated.ratings, rated.concepts, rated.styles)))
 
 
 def _packed(rated: Rated) -> dict[str, object]:
     return {**vars(rated), "images": (255 * rated.images.detach()).round().clamp(0, 255).byte()}
-
-
-def read_pool(name: str) -> list[Rated]:
-    """The pictures of one source, by kind."""
-    rows = torch.load(POOL / f"{name}.pt")
-    return [Rated(**{**row, "images": row["images"].float() / 255, "ratings": row["ratings"].detach()}) for row in rows]

@@ -31,7 +31,7 @@ def curves(folder: Path, seeds: Sequence[int], path: Path) -> None:
     for column, reward in enumerate(REWARDS):
         for seed in seeds:
             lines = RunFolder(run_folder(folder, reward, seed)).evaluations.read()
-            steps, found = [line["step"] for line in lines], outcome(lines, Guard())
+            steps, found = [line["step"] for line in lines], outcome(lines, Guard(), REWARDS[reward])
             kept = steps.index(found["kept_step"])
             unit = measured(lines[0])["reward"]["std"]
             gains = [(objective(line) - objective(lines[0])) / unit for line in lines]
@@ -48,7 +48,7 @@ def curves(folder: Path, seeds: Sequence[int], path: Path) -> None:
 
 def strip(lines: Sequence[Line], files: RunFolder, path: Path) -> None:
     """Grids of the unseen prompts one below another, the same seeds in each: their first rows and columns."""
-    found = outcome(lines, Guard())
+    found = outcome(lines, Guard(), REWARDS[WEAK])
     chosen = {"base model": 0, "kept by the guard": found["kept_step"], "without a guard": lines[-1]["step"]}
     by_step = {line["step"]: line for line in lines}
     figure, panels = plt.subplots(len(chosen), 1, figsize=(7, 7.4), layout="constrained")

@@ -26,18 +26,19 @@ from alignprop.runfolder import RunFolder, write_atomically
 
 STEPS, EVERY = 88, 4
 GOLD = "gold"
+MEASURED = ("emoji-clip", "emoji-aesthetic", "emoji-names", "emoji-rating")
 REWARDS = {
-    "emoji-aesthetic": {"emoji-clip": {}, "emoji-names": {}},
-    "weak:WeakAesthetic": {"emoji-clip": {}, "emoji-names": {}},
-    "emoji-clip": {"emoji-aesthetic": {}, "emoji-names": {}},
+    "emoji-aesthetic": ("emoji-clip", "emoji-rating"),
+    "weak:WeakAesthetic": ("emoji-clip", "emoji-rating"),
+    "emoji-clip": ("emoji-aesthetic", "emoji-rating"),
 }
-"""Trained rewards, each with its judges. The second is easy to fool: it has only ever seen clean drawings."""
+"""Trained rewards, each with the judges of its guard. The second is easy to fool: it has only seen clean drawings."""
 
 
 def train(reward: str, seed: int, folder: Path, **others: Any) -> list[dict[str, Any]]:
     """The evaluations of a run, which goes on where it was; others are further settings, in place of those here."""
     files = RunFolder(folder)
-    judges = {**REWARDS[reward], GOLD: {"target": "gold_judge:load_gold"}}
+    judges = {name: {} for name in MEASURED if name != reward} | {GOLD: {"target": "gold_judge:load_gold"}}
     settings: dict[str, Any] = {
         "rewards": {reward: 1.0},
         "judges": judges,
@@ -65,11 +66,11 @@ def run_folder(output: Path, reward: str, seed: int) -> Path:
     return output / "runs" / reward.replace(":", "-") / f"seed-{seed}"
 
 
-def without_gold(line: Line) -> dict[str, Any]:
-    """An evaluation as the guard may see it."""
+def as_seen(line: Line, judges: Sequence[str]) -> dict[str, Any]:
+    """An evaluation as the guard may see it: with these judges, and above all without the gold one."""
     seen = copy.deepcopy(dict(line))
     for found in seen["sets"].values():
-        del found["rewards"][GOLD]
+        found["rewards"] = {n: of for n, of in found["rewards"].items() if n in judges or n in line["trained"]}
     return seen
 
 
@@ -78,9 +79,9 @@ def gold(line: Line) -> float:
     return float(measured(line)["rewards"][GOLD]["mean"])
 
 
-def outcome(lines: Sequence[Line], guard: Guard) -> dict[str, Any]:
+def outcome(lines: Sequence[Line], guard: Guard, judges: Sequence[str]) -> dict[str, Any]:
     """What the guard makes of a run, in gold."""
-    seen = [without_gold(line) for line in lines]
+    seen = [as_seen(line, judges) for line in lines]
     ended = next((n for n in range(1, len(seen)) if guard.verdict(seen[: n + 1])), len(seen) - 1)
     values = [guard.value(seen[0], line) for line in seen[: ended + 1]]
     kept, best = values.index(max(values)), max(range(len(lines)), key=lambda n: gold(lines[n]))
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
+    parser.add_argument("--judges", nargs="+", choices=MEASURED, help="of the guard, in place of those of the reward")
     parser.add_argument("--guard", default="{}", help="settings of the guard, as JSON")
     parser.add_argument("--settings", default="{}", help="further settings of the runs, as JSON, by their dotted names")
     arguments = parser.parse_args()
@@ -140,9 +142,10 @@ def main() -> None:
     for seed in map(int, arguments.seeds.split(",")):
         for reward in arguments.rewards:
             lines = train(reward, seed, run_folder(arguments.output, reward, seed), **json.loads(arguments.settings))
-            outcomes[reward][seed] = outcome(lines, guard)
+            outcomes[reward][seed] = outcome(lines, guard, arguments.judges or REWARDS[reward])
             print(reward, seed, json.dumps(outcomes[reward][seed]), flush=True)
-    text = json.dumps({"guard": vars(guard), "runs": outcomes}, indent=1)
+    judges = {reward: arguments.judges or REWARDS[reward] for reward in outcomes}
+    text = json.dumps({"guard": vars(guard), "judges": judges, "runs": outcomes}, indent=1)
     write_atomically(arguments.output / "gold.json", text + "\n")
     print("\n" + table(outcomes))
 

@@ -12,16 +12,16 @@ import itertools
 import statistics
 from pathlib import Path
 
-from gold_standard import REWARDS, outcome, run_folder
+from gold_standard import MEASURED, REWARDS, outcome, run_folder
 
 from alignprop.guard import Guard
 from alignprop.runfolder import RunFolder
 
 GRID = {
-    "judge_weight": (0.0, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9),
-    "max_gain": (3.0, 4.0, 5.0, None),
-    "min_diversity": (None, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
-    "max_loss": (1.0, 1.5, 2.0),
+    "judge_weight": (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0),
+    "max_gain": (1.5, 2.0, 2.5, 3.0, 4.0, None),
+    "min_diversity": (None, 0.25, 0.35, 0.45),
+    "max_loss": (0.2, 0.3, 0.5),
 }
 
 
@@ -30,16 +30,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", default="100,101,102,103")
+    parser.add_argument("--judges", nargs="+", choices=MEASURED, help="of the guard, in place of those of the reward")
     parser.add_argument("--rows", type=int, default=15)
     arguments = parser.parse_args()
     runs = [
-        RunFolder(run_folder(arguments.folder, reward, int(seed))).evaluations.read()
-        for reward in REWARDS
+        (RunFolder(run_folder(arguments.folder, reward, int(seed))).evaluations.read(), arguments.judges or judges)
+        for reward, judges in REWARDS.items()
         for seed in arguments.seeds.split(",")
     ]
     rows = []
     for values in itertools.product(*GRID.values()):
-        found = [outcome(lines, Guard(**dict(zip(GRID, values, strict=True)))) for lines in runs]
+        guard = Guard(**dict(zip(GRID, values, strict=True)))
+        found = [outcome(lines, guard, judges) for lines, judges in runs]
         shares = [each["share_of_best"] for each in found]
         below = sum(each["kept"] < each["base"] for each in found)
         rows.append((statistics.fmean(shares), min(shares), below, *values))

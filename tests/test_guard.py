@@ -83,7 +83,7 @@ def test_a_judge_that_never_varied_counts_in_its_own_unit():
     first["sets"]["unseen"]["rewards"]["other"]["std"] = 0.0
     assert names(Guard(max_fall=1.0), first, line(1, 2.0, other=-0.9)) == []
     assert names(Guard(max_fall=1.0), first, line(1, 2.0, other=-1.1)) == ["other"]
-    assert Guard(judge_weight=1.0).value(first, line(1, 1.0, other=-0.5)) == pytest.approx(-0.25)
+    assert Guard(judge_weight=1.0).value(first, line(1, 1.0, other=-0.5)) == pytest.approx(-math.log(1.5) / 2)
 
 
 def test_the_reason_has_the_numbers():
@@ -99,9 +99,10 @@ def test_what_an_adapter_is_worth_is_the_reward_and_the_judges_in_deviations():
     guard, first = Guard(judge_weight=0.6, max_gain=5.0), line(0, 1.0)
     assert guard.value(first, first) == 0
     assert guard.value(first, line(1, 3.0)) == pytest.approx(2.0)  # the reward's deviation is 1
-    assert guard.value(first, line(1, 3.0, judge=3.0)) == pytest.approx(2.0 - 0.6 * 1.0 / 2)  # the judge's is 2
-    assert guard.value(first, line(1, 3.0, other=-0.4)) == pytest.approx(2.0 - 0.6 * 4.0 / 2)  # and the other's 0.1
+    assert guard.value(first, line(1, 3.0, judge=3.0)) == pytest.approx(2.0 - 0.6 * math.log(2) / 2)  # the judge's is 2
+    assert guard.value(first, line(1, 3.0, other=-0.4)) == pytest.approx(2.0 - 0.6 * math.log(5) / 2)  # the other's 0.1
     assert guard.value(first, line(1, 3.0, judge=7.0, other=-0.1)) == pytest.approx(2.0)  # one makes up for the other
+    assert guard.value(first, line(1, 3.0, judge=11.0)) == pytest.approx(2.0 + 0.6 * math.log(4) / 2)
     assert guard.value(first, line(1, 99.0)) == 5.0
     assert Guard(max_gain=None).value(first, line(1, 99.0)) == pytest.approx(98.0)
     assert guard.value(first, line(1, 0.0)) == pytest.approx(-1.0)
@@ -135,14 +136,17 @@ def test_measures_that_there_are_not_are_not_watched():
 def test_an_evaluation_is_told_what_it_is_worth_where_that_is_what_counts():
     first, later = line(0, 1.0), line(1, 5.0, judge=0.0)
     alarms = ["judge fell by 2.5 deviations (5 → 0)"]
-    assert Guard(judge_weight=0.6).told(first, later) == {"worth": pytest.approx(4.0 - 0.6 * 2.5 / 2), "alarms": alarms}
+    assert Guard(judge_weight=0.6, max_gain=4.0).told(first, later) == {
+        "worth": pytest.approx(4.0 - 0.6 * math.log(3.5) / 2),
+        "alarms": alarms,
+    }
     assert Guard(keep="reward").told(first, later) == {"worth": None, "alarms": alarms}
 
 
 def test_a_judge_that_fell_is_weighed_and_bars_nothing():
     first, later = line(0, 1.0), line(1, 5.0, judge=0.0)
     assert names(Guard(), first, later) == ["judge"]
-    assert Guard(judge_weight=0.6).value(first, later) == pytest.approx(4.0 - 0.6 * 2.5 / 2)
+    assert Guard(judge_weight=0.6, max_gain=4.0).value(first, later) == pytest.approx(4.0 - 0.6 * math.log(3.5) / 2)
     assert [Guard(keep="reward").value(first, each) for each in (first, later)] == [1.0, 5.0]
 
 
@@ -154,7 +158,8 @@ def test_the_objective_counts_where_rewards_are_clamped_or_normalised():
 
 
 LOST = {"other": -1.0}
-"""Ten deviations of one of two judges, which cost three of the reward."""
+WATCHFUL = {"judge_weight": 6 / math.log(11)}
+"""Ten deviations of one of two judges, and the weight with which they cost three of the reward."""
 
 
 @pytest.mark.parametrize(
@@ -166,8 +171,8 @@ LOST = {"other": -1.0}
         ([(2.0, {}), (3.0, LOST)], False),  # not in a row
         ([(3.0, {}), (2.0, LOST), (2.5, LOST)], False),  # the reward fell as well: there is nothing to be fooled by
         ([(3.0, {}), (3.5, LOST), (4.0, LOST)], True),
-        ([(3.0, {}), (3.5, LOST), (4.0, {"other": -0.6})], False),  # worth 2, -0.5 and 1.2: a loss of 0.8
-        ([(3.0, {}), (3.5, LOST), (4.0, {"other": -0.7})], True),  # and here of 1.1
+        ([(3.0, {}), (3.5, LOST), (4.0, {"other": -0.3})], False),  # worth 2, -0.5 and 1.3: a loss of 0.7
+        ([(3.0, {}), (3.5, LOST), (4.0, {"other": -0.4})], True),  # and here of 1.0
         ([(2.0, LOST), (6.5, LOST)], False),  # the reward has gained as much as the judge has lost
         ([(2.0, {"diversity": 0.0}), (3.0, {"diversity": 0.0})], False),  # no judge fell
         ([(2.0, LOST), (3.0, {"judge": -19.0})], True),  # one judge or the other
@@ -178,19 +183,19 @@ LOST = {"other": -1.0}
 @pytest.mark.parametrize("keep", ["guarded", "reward"])
 def test_a_run_ends_when_judges_lose_more_than_the_reward_gains(later, ends, keep):
     lines = [line(0, 1.0), *(line(step, reward, **change) for step, (reward, change) in enumerate(later, 1))]
-    verdict = Guard(window=2, keep=keep, judge_weight=0.6, max_loss=0.9).verdict(lines)
+    verdict = Guard(window=2, keep=keep, max_gain=None, max_loss=0.9, **WATCHFUL).verdict(lines)
     assert (verdict is not None) is ends
     assert Guard(window=None, keep=keep).verdict(lines) is None
 
 
 def test_the_verdict_says_why():
     lines = [line(0, 1.0), line(1, 2.0, **LOST), line(2, 3.0, judge=4.0, **LOST)]
-    assert Guard(window=2, max_loss=0.5).verdict(lines) == (
+    assert Guard(window=2, max_loss=0.5, **WATCHFUL).verdict(lines) == (
         "the reward rises and judge fell by 0.5 deviations (5 → 4), other fell by 10.0 deviations (0 → -1), "
         "2 evaluations in a row"
     )
     lines = [line(0, 1.0), line(1, 2.0, **LOST), line(2, 3.0, judge=6.0, **LOST)]  # one has risen
-    assert Guard(window=2, max_loss=0.3).verdict(lines) == (
+    assert Guard(window=2, max_loss=0.3, **WATCHFUL).verdict(lines) == (
         "the reward rises and other fell by 10.0 deviations (0 → -1), 2 evaluations in a row"
     )
 

@@ -8,6 +8,7 @@ Everything here is a function of the lines of ``evaluation.jsonl``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,6 +55,10 @@ def _fall(name: str, change: float, means: str) -> str:
     return f"{name} fell by {-change:.1f} deviations ({means})"
 
 
+def _tempered(change: float) -> float:
+    return math.copysign(math.log1p(abs(change)), change)
+
+
 @dataclass(frozen=True)
 class Alarm:
     """Something that is not trained has become worse than is tolerated.
@@ -74,13 +79,16 @@ class Guard:
     An evaluation is compared with the base model's, at the same prompts and seeds. Changes of a reward or a judge are
     in standard deviations of its scores of the base model's single pictures, so that they can be added up:
 
-        worth = min(gain of the trained reward, max_gain) + judge_weight · mean change of the judges
+        worth = min(gain of the trained reward, max_gain) + judge_weight · mean of s(change of a judge)
+
+    with s(d) = sign(d) ln(1 + |d|), since deviations are a rough unit where a judge gives nearly all of the base
+    model's pictures its best: a fall of ten of them counts as 2.4.
 
     An adapter whose pictures have lost their diversity or are burnt out is not kept, whatever it is worth.
 
     Attributes:
         keep: ``guarded`` for the rule above; ``reward`` keeps the highest trained reward, whatever it cost.
-        judge_weight: what a deviation of the mean judge is worth, in deviations of the trained reward.
+        judge_weight: what a small change of the mean judge is worth, in deviations of the trained reward.
         max_gain: a gain of the trained reward counts no more above so many deviations; None counts all of it.
         max_fall: a judge raises an alarm if its mean falls by more than so many deviations; None never does.
         min_diversity: there is one if the diversity of a prompt's pictures, of pixels or of features, falls below
@@ -94,13 +102,13 @@ class Guard:
     """
 
     keep: Literal["guarded", "reward"] = "guarded"
-    judge_weight: float = 0.5
-    max_gain: float | None = 5.0
+    judge_weight: float = 1.5
+    max_gain: float | None = 2.0
     max_fall: float | None = 1.0
     min_diversity: float | None = 0.35
     max_saturated: float | None = 0.2
     window: int | None = 3
-    max_loss: float = 1.5
+    max_loss: float = 0.3
 
     def alarms(self, first: Line, line: Line) -> list[Alarm]:
         """What has become worse than is tolerated since the base model's evaluation."""
@@ -122,7 +130,7 @@ class Guard:
     def worth(self, first: Line, line: Line) -> float:
         """What an adapter is worth by the reward and the judges, in deviations; 0 for the base model."""
         gain = (objective(line) - objective(first)) / _unit(_objective_scores(first))
-        changes = [change for _, change, _ in _judged(first, line)]
+        changes = [_tempered(change) for _, change, _ in _judged(first, line)]
         watched = self.judge_weight * sum(changes) / len(changes) if changes else 0.0
         return (gain if self.max_gain is None else min(gain, self.max_gain)) + watched
 

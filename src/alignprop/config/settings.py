@@ -319,13 +319,13 @@ class GuardSettings(Section):
     """What notices that the reward is being fooled; see :class:`alignprop.guard.Guard`."""
 
     keep: Literal["guarded", "reward"] = "guarded"
-    judge_weight: Annotated[float, Field(ge=0)] = 0.5
-    max_gain: Positive | None = 5.0
+    judge_weight: Annotated[float, Field(ge=0)] = 1.5
+    max_gain: Positive | None = 2.0
     max_fall: Positive | None = 1.0
     min_diversity: Fraction | None = 0.35
     max_saturated: Fraction | None = 0.2
     window: Count | None = 3
-    max_loss: Positive = 1.5
+    max_loss: Positive = 0.3
 
 
 class CheckpointSettings(Section):

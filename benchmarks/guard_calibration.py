@@ -20,7 +20,7 @@ from alignprop.runfolder import RunFolder
 GRID = {
     "judge_weight": (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0),
     "max_gain": (1.5, 2.0, 2.5, 3.0, 4.0, None),
-    "min_diversity": (None, 0.25, 0.35, 0.45),
+    "min_diversity": (None, 0.1, 0.25, 0.35),
     "max_loss": (0.2, 0.3, 0.5),
 }
 

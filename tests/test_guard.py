@@ -89,8 +89,8 @@ def test_a_judge_that_never_varied_counts_in_its_own_unit():
 def test_the_reason_has_the_numbers():
     (alarm,) = Guard().alarms(line(0, 1.0), line(1, 2.0, judge=0.0))
     assert alarm.reason == "judge fell by 2.5 deviations (5 → 0)"
-    (alarm,) = Guard().alarms(line(0, 1.0), line(1, 2.0, diversity=0.1))
-    assert alarm.reason == "diversity fell to 25% of the base's"
+    (alarm,) = Guard().alarms(line(0, 1.0), line(1, 2.0, diversity=0.02))
+    assert alarm.reason == "diversity fell to 5% of the base's"
     (alarm,) = Guard().alarms(line(0, 1.0), line(1, 2.0, saturated=0.6))
     assert alarm.reason == "black and white values rose from 10% to 60%"
 
@@ -115,7 +115,7 @@ def test_without_judges_the_reward_alone_counts():
     assert Guard().value(first, later) == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("pictures", [{"diversity": 0.1}, {"feature_diversity": 0.1}, {"saturated": 0.6}])
+@pytest.mark.parametrize("pictures", [{"diversity": 0.02}, {"feature_diversity": 0.02}, {"saturated": 0.6}])
 def test_pictures_that_are_all_the_same_or_burnt_out_are_not_kept(pictures):
     first, later = line(0, 1.0), line(1, 3.0, **pictures)
     assert Guard().value(first, later) == -math.inf

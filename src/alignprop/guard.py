@@ -105,7 +105,7 @@ class Guard:
     judge_weight: float = 1.5
     max_gain: float | None = 2.0
     max_fall: float | None = 1.0
-    min_diversity: float | None = 0.35
+    min_diversity: float | None = 0.1
     max_saturated: float | None = 0.2
     window: int | None = 3
     max_loss: float = 0.3

@@ -322,7 +322,7 @@ class GuardSettings(Section):
     judge_weight: Annotated[float, Field(ge=0)] = 1.5
     max_gain: Positive | None = 2.0
     max_fall: Positive | None = 1.0
-    min_diversity: Fraction | None = 0.35
+    min_diversity: Fraction | None = 0.1
     max_saturated: Fraction | None = 0.2
     window: Count | None = 3
     max_loss: Positive = 0.3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignprop import emoji
-from alignprop.config import load_config, recipes
+from alignprop.config import guard_of, load_config, recipes
 from alignprop.rewards import check_scores, load_reward
 from alignprop.rewards.classifier import log_probability
 from pictures import directional_derivatives, waves
@@ -86,6 +86,10 @@ def test_the_recipes_ask_for_outlines_and_for_none(name, absent):
     assert name in recipes()
     (reward,) = load_config(name).rewards.values()
     assert reward.arguments == ({"style": "line", "absent": True} if absent else {"style": "line"})
+
+
+def test_one_line_drawing_of_each_thing_is_no_loss_to_the_guard_of_outlines():
+    assert guard_of(load_config("emoji-outlines")).min_diversity is None
 
 
 def test_all_weights_stay_small_enough_to_ship():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from alignprop import emoji
 from alignprop.config import load_config
@@ -34,6 +36,31 @@ def test_it_keeps_the_contract_of_rewards(reward):
     assert ((scores > 1) & (scores < 10)).all()
     scores.sum().backward()
     assert (images.grad.abs().sum((1, 2, 3)) > 0).all()
+
+
+def test_the_network_is_what_its_description_says(reward, drawings):
+    """Computed again from the file alone, with another way to a deviation."""
+    tensors = load_file(emoji.WEIGHTS / "rater" / "model.safetensors")
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+
+    def normalised(x, name):
+        found = [weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        mean, variance, scale, shift = (value.view(-1, *[1] * (x.ndim - 2)) for value in found)
+        return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+    def separable(x, name, first, stride):
+        depthwise = F.conv2d(x, weights[f"{name}.{first}.weight"], stride=stride, padding=1, groups=x.shape[1])
+        return F.conv2d(depthwise, weights[f"{name}.{first + 1}.weight"])
+
+    images = drawings[0][:5]
+    x = F.conv2d(2 * images - 1, weights["stem.weight"], weights["stem.bias"], stride=2, padding=2).relu()
+    statistics = []
+    for block in ("blocks.0", "blocks.1", "blocks.2"):
+        x = normalised(separable(x, f"{block}.first", 0, 2), f"{block}.first.2").relu()
+        x = (x + normalised(separable(x, f"{block}.second", 0, 1), f"{block}.second.2")).relu()
+        statistics += [x.mean((2, 3)), (x.var((2, 3), correction=0) + 1e-3).sqrt()]
+    logits = normalised(torch.cat(statistics, 1), "norm") @ weights["rating.weight"][0] + weights["rating.bias"]
+    torch.testing.assert_close(reward(images, ANIMALS[:5]), 1 + 9 * logits.sigmoid(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_prompt_does_not_matter(reward):

@@ -229,11 +229,13 @@ def test_distances_are_measured_picture_by_picture():
     )
     moved = base.images.clone()
     moved[0, 0] = 0.5
+    moved[0, 1, :, :2] = 0.5  # half of the pixels, so that the root of their mean square is no mean
     turned = base.features.clone()
     turned[1, 1] = -turned[1, 1]
     found = Evaluated(base.prompts, moved, base.scores, turned).summary({"r": 1.0}, base)
-    assert found["distance"] == pytest.approx(0.5 / 4)
+    assert found["distance"] == pytest.approx((0.5 + 0.5**1.5) / 4)
     assert found["feature_distance"] == pytest.approx(2 / 4)
+    assert base.compact().images.dtype == torch.float16
     itself = base.summary({"r": 1.0}, base.compact())
     assert (itself["distance"], itself["feature_distance"]) == (0.0, 0.0)
 

@@ -113,6 +113,8 @@ def test_without_judges_the_reward_alone_counts():
     for each in (first, later):
         each["trained"] = ["trained", "judge", "other"]
     assert Guard().value(first, later) == pytest.approx(2.0)
+    later["sets"]["unseen"]["reward"]["mean"] = 10.0
+    assert Guard(max_gain=2.0).value(first, later) == pytest.approx(9.0)  # or the first one beyond 2 would be kept
 
 
 @pytest.mark.parametrize("pictures", [{"diversity": 0.02}, {"feature_diversity": 0.02}, {"saturated": 0.6}])

@@ -24,6 +24,7 @@ from alignprop.config import ConfigError, load_config, read_config, save
 from alignprop.config.settings import Augmentation
 from alignprop.estimators import AlignProp
 from alignprop.evaluation import optimised
+from alignprop.guard import Guard
 from alignprop.memory import peak_bytes
 from alignprop.prompts import Choice, Prompts, load_prompts
 from alignprop.rewards import (
@@ -522,7 +523,8 @@ def test_an_adapter_is_kept_for_what_is_optimised_and_not_for_the_sum_of_the_sco
     reward = WeightedSum({"red": Clamped(redness, -0.5), "bright": brightness}, {"red": 1000.0, "bright": 1.0})
     fast = test_trainer.Optimizer(learning_rate=3e-2)
     settings = {"call": tiny.CALL, "dropout": 0.0, "optimizer": fast}
-    run = test_trainer.trainer(reward=reward, callbacks=test_trainer.callbacks(tmp_path), **settings)
+    callbacks = test_trainer.callbacks(tmp_path, guard=Guard(judge_weight=0.0, max_gain=None))
+    run = test_trainer.trainer(reward=reward, callbacks=callbacks, **settings)
     run.train()
     lines = RunFolder(tmp_path).evaluations.read()
     measured = [line["sets"]["unseen"] for line in lines]

@@ -89,7 +89,8 @@ class Guard:
     Attributes:
         keep: ``guarded`` for the rule above; ``reward`` keeps the highest trained reward, whatever it cost.
         judge_weight: what a small change of the mean judge is worth, in deviations of the trained reward.
-        max_gain: a gain of the trained reward counts no more above so many deviations; None counts all of it.
+        max_gain: a gain of the trained reward counts no more above so many deviations, beyond which the judges alone
+            decide; None counts all of it, and so does a run without judges.
         max_fall: a judge raises an alarm if its mean falls by more than so many deviations; None never does.
         min_diversity: there is one if the diversity of a prompt's pictures, of pixels or of features, falls below
             this fraction of the base model's; None never does.
@@ -131,7 +132,9 @@ class Guard:
         """What an adapter is worth by the reward and the judges, in deviations; 0 for the base model."""
         gain = (objective(line) - objective(first)) / _unit(_objective_scores(first))
         changes = [_tempered(change) for _, change, _ in _judged(first, line)]
-        watched = self.judge_weight * sum(changes) / len(changes) if changes else 0.0
+        if not changes:
+            return gain  # nobody else is there to decide
+        watched = self.judge_weight * sum(changes) / len(changes)
         return (gain if self.max_gain is None else min(gain, self.max_gain)) + watched
 
     def verdict(self, lines: Sequence[Line]) -> str | None:

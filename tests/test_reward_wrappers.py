@@ -23,7 +23,7 @@ from alignprop.checkpointing import load_checkpoint
 from alignprop.config import ConfigError, load_config, read_config, save
 from alignprop.config.settings import Augmentation
 from alignprop.estimators import AlignProp
-from alignprop.evaluation import optimised
+from alignprop.evaluation import optimised, summaries
 from alignprop.guard import Guard
 from alignprop.memory import peak_bytes
 from alignprop.prompts import Choice, Prompts, load_prompts
@@ -516,6 +516,17 @@ def test_the_best_adapter_is_chosen_by_what_is_optimised_in_a_unit_that_stays():
     torch.testing.assert_close(optimised(objective, scores, first), torch.tensor([[19.9, 27.8]]))
     objective.observe({"a": torch.tensor([100.0, 200.0])})
     torch.testing.assert_close(optimised(objective, scores, first), torch.tensor([[19.9, 27.8]]))
+
+
+def test_later_evaluations_are_in_the_unit_of_the_first():
+    objective = WeightedSum({"a": Normalised(wavy)}, {"a": 1.0})
+    scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    narrow, wide = (Evaluated(("p", "q"), torch.zeros(2, 2, 3, 4, 4), {"a": scores * scale}) for scale in (1.0, 10.0))
+    first = summaries({"unseen": narrow}, {"unseen": narrow}, objective, None)
+    later = summaries({"unseen": wide}, {"unseen": narrow}, objective, first)
+    unit = first["unseen"]["rewards"]["a"]["std"]
+    assert first["unseen"]["objective"]["mean"] == pytest.approx(2.5 / unit)
+    assert later["unseen"]["objective"]["mean"] == pytest.approx(25 / unit)
 
 
 def test_an_adapter_is_kept_for_what_is_optimised_and_not_for_the_sum_of_the_scores(tmp_path):

@@ -25,6 +25,7 @@ from alignprop.config.settings import Augmentation
 from alignprop.estimators import AlignProp
 from alignprop.evaluation import optimised, summaries
 from alignprop.guard import Guard
+from alignprop.measures import Evaluated
 from alignprop.memory import peak_bytes
 from alignprop.prompts import Choice, Prompts, load_prompts
 from alignprop.rewards import (

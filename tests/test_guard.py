@@ -329,6 +329,32 @@ def test_a_run_that_fools_its_reward_is_ended_and_keeps_what_was_sound(tmp_path)
     assert higher.startswith(f"The guard keeps {'the base model' if kept == 0 else f'step {kept}'}, and not step")
 
 
+def test_what_a_checkpoint_has_as_the_best_is_the_adapter_that_is_kept(tmp_path):
+    run = run_with(tmp_path, Guard(max_fall=0.5, min_diversity=None, max_saturated=None, window=2))
+    run.train()
+    kept = [each["step"] for each in lines_of(tmp_path) if each["kept"]][-1]
+    assert kept < run.step
+    then = run_with(tmp_path / "again", NO_GUARD, steps=kept)
+    then.train()
+    assert run.best.keys() == then.parameters.keys()
+    assert all(torch.equal(value, run.best[name]) for name, value in then.parameters.items())
+
+
+def test_of_evaluations_that_are_worth_the_same_the_first_is_kept(tmp_path):
+    run = run_with(tmp_path, Guard(), steps=2, reward=lambda images, prompts: images.mean((1, 2, 3)) * 0.0)
+    run.train()
+    assert [each["kept"] for each in lines_of(tmp_path)] == [True, False, False]
+
+
+def test_a_finished_run_that_is_resumed_is_not_evaluated_again(tmp_path):
+    run_with(tmp_path, NO_GUARD, steps=2).train()
+    before = lines_of(tmp_path)
+    again = run_with(tmp_path, NO_GUARD, steps=2)
+    load_checkpoint(again, list_checkpoints(tmp_path / "checkpoints")[-1])
+    again.train()
+    assert lines_of(tmp_path) == before
+
+
 def test_without_a_guard_the_same_run_goes_to_its_end(tmp_path):
     run = run_with(tmp_path, NO_GUARD)
     run.train()

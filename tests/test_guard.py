@@ -17,7 +17,7 @@ from alignprop.measures import Evaluated, diversity, evaluate, feature_diversity
 from alignprop.progress import ProgressBar
 from alignprop.report import summarise, write_report
 from alignprop.report.watch import in_deviations, trained_curve, watch_of, worth_curve
-from alignprop.rewards import Clamped, WeightedSum
+from alignprop.rewards import Clamped, Normalised, WeightedSum
 from alignprop.rollout import Sampler
 from alignprop.runfolder import RunFolder, measured_alike
 from alignprop.tracking import MetricsFile
@@ -344,6 +344,16 @@ def test_of_evaluations_that_are_worth_the_same_the_first_is_kept(tmp_path):
     run = run_with(tmp_path, Guard(), steps=2, reward=lambda images, prompts: images.mean((1, 2, 3)) * 0.0)
     run.train()
     assert [each["kept"] for each in lines_of(tmp_path)] == [True, False, False]
+
+
+def test_a_normalised_reward_is_evaluated_in_the_unit_of_the_base_model(tmp_path):
+    reward = WeightedSum({"red": Normalised(redness)}, {"red": 1.0})
+    run_with(tmp_path, NO_GUARD, steps=2, reward=reward).train()
+    first, *later = (each["sets"]["unseen"] for each in lines_of(tmp_path))
+    unit = first["rewards"]["red"]["std"]
+    for each in later:
+        assert each["rewards"]["red"]["std"] != pytest.approx(unit, rel=1e-3)
+        assert each["objective"]["mean"] == pytest.approx(each["rewards"]["red"]["mean"] / unit)
 
 
 def test_a_finished_run_that_is_resumed_is_not_evaluated_again(tmp_path):

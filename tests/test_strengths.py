@@ -21,10 +21,10 @@ from alignprop.strength import set_strength
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
 
-def with_adapter(path, factor=1.0):
+def with_adapter(path, factor=1.0, text_encoders=False):
     """A tiny Stable Diffusion with a saved adapter, whose second factors are multiplied."""
     pipeline = tiny.stable_diffusion()
-    adapter = Lora(rank=3, alpha=2.0).attach(pipeline)
+    adapter = Lora(rank=3, alpha=2.0, text_encoders=text_encoders).attach(pipeline)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in adapter.parameters.items():
@@ -50,8 +50,9 @@ def test_a_strength_multiplies_the_update(tmp_path, strength):
     assert not torch.allclose(expected, pictures(tiny.stable_diffusion()), atol=1e-3)
 
 
-def test_strength_zero_is_the_base_model(tmp_path):
-    pipeline = with_adapter(tmp_path)
+@pytest.mark.parametrize("text_encoders", [False, True])
+def test_strength_zero_is_the_base_model(tmp_path, text_encoders):
+    pipeline = with_adapter(tmp_path, text_encoders=text_encoders)
     set_strength(pipeline, 0.0)
     assert torch.equal(pictures(pipeline), pictures(tiny.stable_diffusion()))
 
